@@ -1,0 +1,32 @@
+# make demo   makes .venv, data, a small model and pictures     make test   makes .venv and runs the tests
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_CHIPS ?= 48
+
+.PHONY: install demo test lint gpu-check clean
+
+install: .venv/.installed
+
+.venv/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python launch/prepare.py sample --out data/demo --chips $(DEMO_CHIPS) --seed 1
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed launch/train.py --config configs/demo.yaml
+	$(BIN)/python launch/predict.py --weights runs/demo --data data/demo --split validation --out demo
+	@echo "pictures: demo/scatter.png and demo/pictures/*.png; curves: $(BIN)/tensorboard --logdir runs"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+gpu-check:
+	bash benchmarks/gpu_check.sh
+
+clean:
+	rm -rf .venv build data/demo runs/demo demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Training engine for satellite time series: see README.md, then `engine/trainer.py`."""

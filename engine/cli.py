@@ -1,0 +1,29 @@
+"""What the commands share: a user's error becomes one message and a non-zero exit; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from engine.errors import EngineError
+
+STOPPED = 143  # as a shell reports SIGTERM: the work is not done
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = parser.parse_args()
+    try:
+        code = run(args)
+    except EngineError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+        code = STOPPED if type(error).__name__ == "Stopped" else 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,47 @@
+"""Ranges that are known to work; `constraints.txt` pins the exact set that CI and `make` use.
+
+DALI comes as one package per CUDA release, all of which hold the same files, so only one may be installed:
+`pip install -e .` takes the CUDA 13 build, `DALI_CUDA=120 pip install -e .` the CUDA 12 one, and
+`DALI_CUDA=none pip install -e '.[cuda120]'` leaves the choice to the extra.  cuda110 ends at DALI 1.50 and needs
+NVIDIA's own index (https://pypi.nvidia.com).
+"""
+
+import os
+
+from setuptools import find_packages, setup
+
+DALI = {
+    "cuda130": "nvidia-dali-cuda130>=2.0,<3",
+    "cuda120": "nvidia-dali-cuda120>=1.50,<3",
+    "cuda110": "nvidia-dali-cuda110>=1.34,<1.51",
+}
+chosen = "cuda" + os.environ.get("DALI_CUDA", "130")
+
+setup(
+    name="biomass-engine",
+    version="0.1.0",
+    description="Training engine for satellite time series on NVIDIA DALI and DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["engine*", "kernels*"]),
+    install_requires=[
+        "deepspeed>=0.19,<0.20",
+        "torch>=2.11,<2.16",
+        "torchvision",  # timm needs it
+        "timm>=1.0.20,<2",
+        "numpy>=2.0",
+        "tifffile>=2024.1",
+        "tensorboard>=2.17",
+        "safetensors>=0.5",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+        "setuptools",  # tensorboard and DeepSpeed's op builder import it
+        *([DALI[chosen]] if chosen != "cudanone" else []),
+    ],
+    extras_require={
+        **{extra: [package] for extra, package in DALI.items()},
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+    },
+)

@@ -1,0 +1,73 @@
+"""Shared fixtures: made data (small, cached for the session), the real chips, and the commands as subprocesses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+# A UNet small enough for a test, with every part of the real one
+TINY = ["--set", "model.backbone=tf_mobilenetv3_small_minimal_100", "--set", "model.decoder_channels=[8,8,8,8,8]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The two real chips of ../shared/data/biomassters."""
+    path = SHARED / "biomassters"
+    if not path.is_dir():
+        pytest.skip(f"{path} does not exist on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made data set of 8 labelled chips and 2 without label.  Tests that change files copy it first."""
+    from engine.data.sample import make_sample
+
+    folder = tmp_path_factory.mktemp("sample") / "data"
+    make_sample(folder, 8, 5, test_chips=2)
+    return folder
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command() -> Command:
+    """Run `python launch/X.py …` (or `deepspeed`, with `ranks`) and return what it printed and its exit code."""
+
+    def run(script: str, *args: object, ranks: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command_line(script, *args, ranks=ranks), cwd=ROOT, env=environment(), text=True,
+                              capture_output=True, timeout=timeout)
+
+    return run
+
+
+def command_line(script: str, *args: object, ranks: int = 0) -> list[str]:
+    words = [f"launch/{script}.py", *map(str, args)]
+    if ranks:
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        port = 29500 + os.getpid() % 2000
+        return [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(port), *words]
+    return [sys.executable, *words]
+
+
+def environment() -> dict[str, str]:
+    """As on any machine; one thread a process, since two of them share two cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
