@@ -1,0 +1,260 @@
+"""Recipes: YAML in, one validated `Config` out.
+
+A recipe is a YAML file.  `extends: other.yaml` (a path relative to the file) starts from another recipe and
+overrides it key by key; `--set a.b=c` overrides again.  Unknown keys are refused with the nearest known one, so a
+typo never trains in silence.  Every field is documented where it stands, below.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Run(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"  # the run lives in {folder}/{name}
+    folder: str = "runs"
+    seed: NotNegative = 0  # of weights, order and augmentation
+
+
+class Split(Section):
+    """Which chips validate.  `kfold` is the winner's; `stratified` balances missing months × biomass over folds;
+    `file` reads a JSON list of folds as `launch/prepare.py splits` writes it."""
+
+    scheme: Literal["kfold", "stratified", "file"] = "kfold"
+    folds: Annotated[int, Field(ge=2)] = 10
+    fold: NotNegative = 0
+    seed: NotNegative = 314159
+    path: str | None = None  # with scheme `file`
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Split:
+        if self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} does not exist in {self.folds} folds: give 0..{self.folds - 1}")
+        if (self.path is None) == (self.scheme == "file"):
+            raise ValueError("path belongs to scheme 'file', and only to it")
+        return self
+
+
+class Data(Section):
+    path: str  # a folder with train_features/ and train_agbm/
+    split: Split = Split()
+    chips: list[str] | None = None  # only these chips (all when null)
+    overfit: bool = False  # train and validate on all chips: to see that a model can learn at all
+    nodata_months: Literal["fail", "mask"] = "fail"  # months whose files hold no value: an error, or left out
+    backend: Literal["auto", "cpu", "gpu"] = "auto"  # where DALI works; auto: where the model does
+    readers: Positive = 4  # threads that read files ahead
+    threads: Positive = 2  # threads of DALI's CPU operators
+    prefetch: Positive = 2  # batches prepared ahead
+    verify: bool = False  # check sizes and checksums of every file before the first step
+
+
+class Augment(Section):
+    """Defaults: the 1st-place solution's."""
+
+    hflip: Probability = 0.5
+    rot90: bool = True  # k uniform in 0..3
+    rotate: Probability = 0.7  # chance of a rotation by an angle uniform in ±degrees
+    degrees: Annotated[float, Field(ge=0, le=180)] = 45.0
+    centre_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # of the side, either way, per axis
+    month_dropout: Probability = 0.5  # chance that a chip loses months
+    drop_month: Probability = 0.3  # chance of each month then; never all
+
+
+class Model(Section):
+    backbone: str = "tf_efficientnetv2_l.in21k"  # any timm model with features_only
+    decoder_channels: list[Positive] = [384, 368, 352, 336, 320]
+    in_channels: Literal[15] = 15
+    pretrained: bool | str = False  # true: timm's weights from its hub; a path: a local file of them
+    initial_biomass: float = 0.0  # t/ha: bias of the head of a fresh model; near the mean, learning starts sooner
+    weights: str | None = None  # start from these (run folder, .safetensors, or the winner's .pth)
+
+
+class Loss(Section):
+    name: str = "per_chip_rmse"
+    options: dict[str, Any] = {}
+
+
+class Optimizer(Section):
+    """AdamW; weight decay leaves 1-D parameters (norms, biases) alone."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(ge=0)] = 5.0  # gradient norm; 0 does not clip
+
+
+class Phase(Section):
+    """One cosine run of the learning rate with a fresh optimizer, from the weights of the phase before."""
+
+    epochs: Positive
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "main"
+    lr: Annotated[float, Field(gt=0)] | None = None  # null: optimizer.lr
+    min_lr: Annotated[float, Field(ge=0)] | None = None  # null: max(lr / 10, 5e-5), never above lr
+    train_on: Literal["fold", "all"] = "fold"  # all: the validation chips too
+    start_from: Literal["best", "last"] = "best"  # which weights of the phase before
+
+
+class Train(Section):
+    micro_batch: Positive = 8  # chips a rank and forward pass
+    accumulate: Positive = 1  # micro-batches a step
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast; parameters stay float32
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where there is one
+    compile: bool = False  # torch.compile through DeepSpeed; not with zero_stage 3
+
+
+class Validate(Section):
+    every: Positive = 1  # epochs; the last one of a phase always
+    micro_batch: Positive | None = None  # null: train.micro_batch
+    tta: list[Literal["id", "h", "v", "hv"]] = ["id"]
+
+
+class Checkpoint(Section):
+    every_steps: Positive | None = None  # besides the end of every epoch that validates
+    keep: Positive = 2
+
+
+class Log(Section):
+    every: Positive = 20  # steps; the only time a step waits for the device
+    chips: NotNegative = 4  # validation chips shown as pictures
+
+
+class Config(Section):
+    data: Data
+    run: Run = Run()
+    augment: Augment = Augment()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    phases: Annotated[list[Phase], Field(min_length=1)] = [Phase(epochs=100)]
+    train: Train = Train()
+    validate_: Validate = Field(Validate(), alias="validate")
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    deepspeed: dict[str, Any] = {}  # merged into the DeepSpeed config; what the engine decides is refused
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases: names must differ, found {names}")
+        if self.train.compile and self.train.zero_stage == 3:
+            raise ValueError("train.compile: ZeRO-3's hooks break graphs; set zero_stage ≤ 2 or compile: false")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    def dump(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """Read a recipe, its ancestors and `a.b=c` overrides.  Raises ConfigError naming the file and the key."""
+    path = Path(path)
+    raw = _read_recipe(path, ())
+    for item in overrides or []:
+        _override(raw, item)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> Config:
+    """Validate a plain dict.  Raises ConfigError naming `source` and every wrong key."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}; break the circle")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(known)}" if known else ""
+        by = f" (named by extends in {seen[-1]})" if seen else ""
+        raise ConfigError(f"{path}: no such recipe{by}{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(raw).__name__}")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    return _merged(_read_recipe((path.parent / str(parent)).resolve(), (*seen, path)), raw)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {item}: write it as key.subkey=value")
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {item}: {parent} is not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {item}: the value is not YAML: {error}") from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{where!r} must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (found {error['input']!r})" if where and error["type"] != "value_error" else \
+        f"{where}: {message}".removeprefix(": ")
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        inner = field.annotation if field else None
+        if part == "phases":
+            inner = Phase
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return [f.alias or name for name, f in model.model_fields.items()]
