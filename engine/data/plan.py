@@ -1,0 +1,135 @@
+"""The plan: everything random about training data, as pure functions of (seed, epoch, position).
+
+DALI executes what is decided here and draws nothing itself.  A global batch is a slice of the epoch's order; ranks
+and micro-batches cut that slice, so the same chips with the same augmentation enter each step at any world size,
+and a run resumes from two integers.  Random numbers come from Philox, a counter-based generator (Salmon et al.
+2011): the state is the counter, and the counter is (epoch, position).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.config import Augment
+from engine.data.bands import TILE, T
+from engine.errors import ConfigError
+
+# Streams that must not share numbers: the second word of Philox's 128-bit key
+_ORDER, _AUGMENT = 1, 2
+
+
+def _generator(stream: int, seed: int, epoch: int, position: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed | stream << 64, counter=[0, 0, position, epoch]))
+
+
+class Draw(NamedTuple):
+    """What happens to one chip.  `matrix` [3, 3] float32 maps output to input coordinates, in pixels with the
+    origin at the corner of the first pixel (its centre is (0.5, 0.5)); it is applied to images and label alike."""
+
+    matrix: np.ndarray
+    keep: np.ndarray  # [T] bool
+
+
+IDENTITY = Draw(np.eye(3, dtype=np.float32), np.ones(T, bool))
+
+
+def draw(augment: Augment, seed: int, epoch: int, position: int) -> Draw:
+    """The augmentation of the chip at `position` of an epoch.
+
+    Always consumes the same count of random numbers, so that changing one option leaves the others' draws alone.
+    """
+    u = _generator(_AUGMENT, seed, epoch, position).random(7 + T + 1)
+    flip = u[0] < augment.hflip
+    quarter_turns = int(u[1] * 4) if augment.rot90 else 0
+    angle = math.radians((2 * u[3] - 1) * augment.degrees) if u[2] < augment.rotate else 0.0
+    centre = TILE * (0.5 + (2 * u[4:6] - 1) * augment.centre_jitter)
+    keep = np.ones(T, bool)
+    if u[6] < augment.month_dropout:
+        keep = u[7:7 + T] >= augment.drop_month
+        if not keep.any():
+            keep[int(u[-1] * T)] = True
+    return Draw(dihedral(flip, quarter_turns, rotation(angle, centre)), keep)
+
+
+def rotation(angle: float, centre: np.ndarray) -> np.ndarray:
+    """Output → input for a rotation by `angle` radians about `centre` (x, y), [3, 3] float64."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = centre
+    return np.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0, 0, 1]])
+
+
+# A horizontal flip and a quarter turn of the tile, output → input: small integers, exact in floating point
+_FLIP = np.array([[-1.0, 0, TILE], [0, 1, 0], [0, 0, 1]])
+_TURN = np.array([[0.0, -1, TILE], [1, 0, 0], [0, 0, 1]])
+
+
+def dihedral(flip: bool, quarter_turns: int, then: np.ndarray) -> np.ndarray:
+    """Output → input for: flip the image, turn it by `quarter_turns` × 90°, then apply `then`."""
+    matrix = np.eye(3)
+    if flip:
+        matrix = matrix @ _FLIP
+    for _ in range(quarter_turns % 4):
+        matrix = matrix @ _TURN
+    return (matrix @ then).astype(np.float32)
+
+
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` chips in an epoch, [n] int64."""
+    return _generator(_ORDER, seed, epoch, 0).permutation(n)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a global batch of world × accumulate × micro_batch chips is cut."""
+
+    micro_batch: int
+    accumulate: int = 1
+    world: int = 1
+    rank: int = 0
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulate * self.world
+
+    def steps(self, n: int) -> int:
+        """Training steps in an epoch of `n` chips; the rest of an epoch's order, less than a batch, is left out.
+
+        Raises ConfigError where not even one batch fits.
+        """
+        if n < self.global_batch:
+            raise ConfigError(f"a step takes {self.global_batch} chips (train.micro_batch {self.micro_batch} × "
+                              f"train.accumulate {self.accumulate} × {self.world} ranks) but only {n} train; "
+                              f"lower one of them")
+        return n // self.global_batch
+
+
+class Item(NamedTuple):
+    """One chip of a micro-batch: which, and where in the epoch (the counter of its augmentation)."""
+
+    chip: int
+    position: int
+    valid: bool = True
+
+
+def training_batches(n: int, seed: int, epoch: int, sharding: Sharding, start_step: int = 0) -> Iterator[list[Item]]:
+    """This rank's micro-batches of an epoch, from optimizer step `start_step` on."""
+    chips = order(n, seed, epoch)
+    s = sharding
+    for step in range(start_step, s.steps(n)):
+        for turn in range(s.accumulate):
+            first = step * s.global_batch + (turn * s.world + s.rank) * s.micro_batch
+            yield [Item(int(chips[p]), p) for p in range(first, first + s.micro_batch)]
+
+
+def evaluation_batches(n: int, sharding: Sharding) -> Iterator[list[Item]]:
+    """This rank's batches over all `n` chips once, in order; the last global batch is filled up with invalid items
+    (repeats of the last chip), so that all ranks take equally many equally large batches."""
+    s = Sharding(sharding.micro_batch, 1, sharding.world, sharding.rank)
+    for start in range(0, n, s.global_batch):
+        first = start + s.rank * s.micro_batch
+        yield [Item(min(p, n - 1), p, p < n) for p in range(first, first + s.micro_batch)]
