@@ -1,0 +1,65 @@
+"""The one evaluation path: validation during training and `launch/predict.py` both come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from engine.data.index import Chip
+from engine.data.loader import DTYPES, Batch, Loader, Request
+from engine.data.plan import Sharding, evaluation_batches
+from engine.metrics import ChipTable
+from engine.parallel import rank, world
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Test-time augmentation: flips of [..., H, W], each its own inverse
+FLIPS: dict[str, tuple[int, ...]] = {"id": (), "h": (-1,), "v": (-2,), "hv": (-2, -1)}
+
+
+def evaluation_requests(chips: Sequence[Chip], micro_batch: int) -> Iterator[list[Request]]:
+    """This rank's share of `chips`, each once, unaugmented; padded to full batches with invalid requests."""
+    for items in evaluation_batches(len(chips), Sharding(micro_batch, world=world(), rank=rank())):
+        yield [Request(chips[item.chip], row=item.chip, valid=item.valid) for item in items]
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context in which a model of float32 parameters runs at `precision`."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+
+@torch.inference_mode()
+def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision: str) -> torch.Tensor:
+    """Predictions [B, 1, H, W] float32, t/ha, averaged over the flips `tta` (keys of FLIPS)."""
+    total = None
+    for name in tta:
+        flip = FLIPS[name]
+        images = batch.images.flip(flip) if flip else batch.images
+        with autocast(images.device, precision):
+            out = forward(images, batch.dropped)
+        out = out.float().flip(flip) if flip else out.float()
+        total = out if total is None else total + out
+    assert total is not None
+    return total / len(tta)
+
+
+def evaluate(forward: Forward, loader: Loader, chips: Sequence[Chip], *, micro_batch: int, tta: Sequence[str],
+             precision: str, device: torch.device,
+             each: Callable[[Batch, torch.Tensor], None] | None = None) -> ChipTable:
+    """Predict every chip once over all ranks; score those that have a label.
+
+    `each(batch, prediction)` is called on the rank that has the batch (padding included: see `batch.valid`).
+    Returns the table of all chips, reduced over ranks.
+    """
+    table = ChipTable(len(chips), device)
+    for batch in loader.batches(evaluation_requests(chips, micro_batch)):
+        prediction = predict_batch(forward, batch, tta, precision)
+        labelled = torch.tensor([chip.label is not None for chip in batch.chips])
+        table.update(batch.rows, prediction, batch.label, batch.valid, labelled)
+        if each is not None:
+            each(batch, prediction)
+    table.reduce()
+    return table

@@ -1,0 +1,332 @@
+"""Training, from a recipe to weights: the one place that composes the rest.  Read `Trainer.run` first.
+
+A run is a list of phases; a phase is a cosine of the learning rate from the weights of the phase before; an epoch
+is a pass over the training chips in the plan's order.  State to resume from is (phase, epoch, step) and what
+DeepSpeed holds; everything random follows from those integers.  In a steady step the host never waits for the
+device: losses stay there until the log reads a window of them.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+
+from engine import checkpoint, pictures, weights
+from engine.config import Config, Phase
+from engine.data.index import Chip
+from engine.data.loader import Batch, Loader, Request
+from engine.data.plan import Sharding, draw, training_batches
+from engine.data.source import TiffSource, empty_stack
+from engine.errors import ConfigError, EngineError
+from engine.evaluate import evaluate
+from engine.losses import make_loss
+from engine.meter import Window
+from engine.model import BiomassUNet
+from engine.optim import learning_rate, make_optimizer, set_learning_rate
+from engine.parallel import (
+    StopFlag,
+    average_,
+    barrier,
+    deepspeed_config,
+    rank,
+    synchronise_batchnorm,
+    world,
+)
+from engine.profile import Profile
+from engine.progress import Progress
+from engine.runfolder import claim
+from engine.runlog import RunLog
+from engine.selection import select_chips
+
+
+class Stopped(EngineError):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclass
+class State:
+    """Where a run stands.  `epoch` and `step_in_epoch` are those to do next."""
+
+    phase: int = 0
+    epoch: int = 0  # in the phase
+    step_in_epoch: int = 0
+    step: int = 0  # since the run began
+    best: float = float("inf")  # of the phase: validation RMSE, mean over chips
+    skipped: int = 0  # updates left out because the gradient was not finite
+
+
+class Trainer:
+    def __init__(self, config: Config, device: torch.device, profile: Profile | None = None,
+                 restart: bool = False):
+        self.config, self.device = config, device
+        self.folder = config.run_folder
+        self.train_chips, self.val_chips = select_chips(config)
+        self.source = TiffSource(config.data.nodata_months)
+        self.loss = make_loss(config.loss.name, **config.loss.options)
+        self.sharding = Sharding(config.train.micro_batch, config.train.accumulate, world(), rank())
+        self.eval_batch = config.validate_.micro_batch or config.train.micro_batch
+        self.stop = StopFlag()
+        self.profile = profile or Profile(None, self.folder)
+        claim(self.folder, config, restart)
+
+    # The run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, float]:
+        """Train all phases, or what is left of them.  Returns the last validation's metrics.
+
+        Raises Stopped, with everything saved, after SIGTERM or SIGINT.
+        """
+        found = checkpoint.steps(self.folder / "checkpoints")
+        self.state = State()
+        resume_from = found[-1] if found else None
+        if resume_from is not None:
+            self.state = State(**checkpoint.read_state(resume_from))
+        self.log = RunLog(self.folder, self.state.step)
+        old = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        metrics: dict[str, float] = {}
+        try:
+            while self.state.phase < len(self.config.phases):
+                metrics = self._run_phase(self.config.phases[self.state.phase], resume_from)
+                resume_from = None
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            self.log.close()
+        return metrics
+
+    def _run_phase(self, phase: Phase, resume_from: Path | None) -> dict[str, float]:
+        state, config = self.state, self.config
+        chips = self.train_chips
+        if phase.train_on == "all" and not config.data.overfit:
+            chips = sorted(self.train_chips + self.val_chips, key=lambda chip: chip.id)
+        self.steps_per_epoch = self.sharding.steps(len(chips))
+        self.engine = self._engine(self._initial_model())
+        if resume_from is not None:
+            checkpoint.load(self.engine, resume_from)
+            self._say(f"resumed from {resume_from}")
+        train_loader = self._loader(config.train.micro_batch, warp=True)
+        eval_loader = self._loader(self.eval_batch, warp=False)
+        batches = train_loader.batches(self._requests(phase, chips))
+        title = f"phase {phase.name}" if len(config.phases) > 1 else "training"
+        metrics: dict[str, float] = {}
+        with Progress(title, phase.epochs * self.steps_per_epoch, "step", quiet=rank() != 0,
+                      done=state.epoch * self.steps_per_epoch + state.step_in_epoch) as progress:
+            self.window = Window(self.log, train_loader, progress, self.sharding.global_batch)
+            while state.epoch < phase.epochs:
+                metrics = self._run_epoch(phase, batches, eval_loader, progress) or metrics
+        self.engine.destroy()
+        state.phase, state.epoch, state.best = state.phase + 1, 0, float("inf")
+        return metrics
+
+    def _run_epoch(self, phase: Phase, batches: Iterator[Batch], eval_loader: Loader,
+                   progress: Progress) -> dict[str, float] | None:
+        state, config = self.state, self.config
+        lr = learning_rate(phase, config.optimizer, state.epoch)
+        set_learning_rate(self.engine.optimizer, lr)
+        self.engine.train()
+        while state.step_in_epoch < self.steps_per_epoch:
+            with self.profile.step(state.step):
+                loss, norm = self._train_step(batches)
+            state.step += 1
+            state.step_in_epoch += 1
+            self.window.add(loss, norm, lr)
+            progress.advance(1, self.window.note)
+            last = state.step_in_epoch == self.steps_per_epoch
+            if state.step % config.log.every == 0 or last:
+                self._flush()
+            if self.stop.agreed():
+                self._save_and_stop(progress)
+            every = config.checkpoint.every_steps
+            if every and state.step % every == 0 and not last:
+                self._save()
+        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        if state.epoch % config.validate_.every and state.epoch < phase.epochs:
+            return None
+        metrics = self._validate(phase, eval_loader, progress)
+        self._save()
+        return metrics
+
+    def _train_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """One optimizer step.  Returns (mean loss over micro-batches, gradient norm before clipping)."""
+        # Stochastic layers draw from the step's number, so that a resume needs no generator state
+        torch.manual_seed((self.config.run.seed << 40) + (self.state.step << 12) + rank())
+        engine, losses = self.engine, []
+        norm: torch.Tensor | float = 0.0
+        for _ in range(self.config.train.accumulate):
+            batch = next(batches)
+            loss = self.loss(engine(batch.images, batch.dropped), batch.label)
+            engine.backward(loss)
+            losses.append(loss.detach())
+            if engine.is_gradient_accumulation_boundary() and self.config.train.zero_stage == 0:
+                norm = self._clip()
+            engine.step()
+        if self.config.train.zero_stage:
+            norm = engine.get_global_grad_norm()
+        synchronise_batchnorm(engine.module)
+        return torch.stack(losses).mean(), norm
+
+    def _clip(self) -> torch.Tensor:
+        """Clip at ZeRO stage 0, and have the optimizer skip the update on the device if the norm is not finite."""
+        engine = self.engine
+        if engine.torch_autocast_z0_gradscaler is not None:
+            engine.torch_autocast_z0_gradscaler.unscale_(engine.optimizer)
+        clip = self.config.optimizer.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip, foreach=True)
+        if engine.torch_autocast_z0_gradscaler is None:
+            engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        return norm
+
+    # Parts ---------------------------------------------------------------------------------------------------
+
+    def _initial_model(self) -> BiomassUNet:
+        """The model a phase starts from: the phase before's weights, the recipe's, or fresh ones."""
+        config, phase = self.config, self.config.phases[self.state.phase]
+        torch.manual_seed(config.run.seed)
+        start: str | Path | None = config.model.weights
+        if self.state.phase > 0:
+            before = config.phases[self.state.phase - 1].name
+            start = self.folder / "weights" / f"{before}-{phase.start_from}.safetensors"
+        if start is not None:
+            model = weights.load_model(start)
+            _same_architecture(model, config, start)
+            return model
+        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels,
+                            pretrained=config.model.pretrained)
+        assert model.segmentation_head.bias is not None
+        torch.nn.init.constant_(model.segmentation_head.bias, config.model.initial_biomass)
+        return model
+
+    def _engine(self, model: BiomassUNet) -> Any:
+        model.to(self.device)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, self.config.optimizer),
+                                          config=deepspeed_config(self.config, world()),
+                                          dist_init_required=False)
+        if self.config.train.compile:
+            engine.compile(backend="inductor")
+        return engine
+
+    def _loader(self, batch_size: int, warp: bool) -> Loader:
+        data = self.config.data
+        backend = data.backend if data.backend != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
+        return Loader(self.source, batch_size=batch_size, device=self.device, backend=backend, warp=warp,
+                      precision=self.config.train.precision, readers=data.readers, threads=data.threads,
+                      prefetch=data.prefetch)
+
+    def _requests(self, phase: Phase, chips: list[Chip]) -> Iterator[list[Request]]:
+        """This rank's micro-batches from where the state stands to the end of the phase."""
+        config, first, start = self.config, self.state.epoch, self.state.step_in_epoch
+        before = sum(p.epochs for p in config.phases[:self.state.phase])
+        for epoch in range(first, phase.epochs):
+            for items in training_batches(len(chips), config.run.seed, before + epoch, self.sharding,
+                                          start if epoch == first else 0):
+                yield [Request(chips[item.chip],
+                               draw(config.augment, config.run.seed, before + epoch, item.position))
+                       for item in items]
+
+    # Validation and saving -----------------------------------------------------------------------------------
+
+    def _validate(self, phase: Phase, loader: Loader, progress: Progress) -> dict[str, float]:
+        state, config = self.state, self.config
+        shown = Shown(min(config.log.chips, len(self.val_chips)), self.device)
+        self.engine.eval()
+        table = evaluate(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
+                         tta=config.validate_.tta, precision=config.train.precision, device=self.device,
+                         each=shown.add)
+        metrics = table.metrics()
+        # Chips that were trained on do not choose weights
+        judged = phase.train_on == "fold" or config.data.overfit
+        score = metrics["rmse_per_chip"]
+        self.log.scalars("validation" if judged else "seen_in_training", state.step, metrics)
+        self._show(shown)
+        self._export(f"{phase.name}-last", metrics)
+        if not judged or score < state.best:
+            state.best = score
+            self._export(f"{phase.name}-best", metrics)
+        progress.say(f"epoch {state.epoch}, step {state.step}: RMSE {score:.2f} t/ha (mean over {len(self.val_chips)} "
+                     f"chips), pooled {metrics['rmse_pooled']:.2f}, predicting the mean "
+                     f"{metrics['rmse_of_mean']:.2f}{'' if judged else ', on chips seen in training'}")
+        return metrics
+
+    def _show(self, shown: Shown) -> None:
+        predictions = shown.reduce()
+        if rank() != 0:
+            return
+        for chip, prediction in zip(self.val_chips, predictions):
+            stack = self.source.read(chip, np.ones(12, bool), empty_stack())
+            figure = pictures.chip_figure(chip.id, stack, prediction, stack.label[..., 0])
+            self.log.picture(f"chips/{chip.id}", self.state.step, pictures.pixels(figure))
+
+    def _export(self, name: str, metrics: dict[str, float]) -> None:
+        """Write weights/{name}.safetensors, and weights/{best,last}.safetensors of the run."""
+        model: BiomassUNet = self.engine.module
+        state = _full_state(self.engine)
+        if rank() == 0:
+            notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics)}
+            for target in (name, name.rpartition("-")[2]):
+                weights.save_weights(self.folder / "weights" / f"{target}.safetensors", state, model.config(), notes)
+        barrier()
+
+    def _flush(self) -> None:
+        self.state.skipped += self.window.flush(self.state.step, self.state.skipped)
+
+    def _save(self) -> None:
+        folder = self.folder / "checkpoints"
+        checkpoint.save(self.engine, folder, self.state.step, asdict(self.state), self.config.checkpoint.keep)
+
+    def _ask_to_stop(self, number: int, frame: object) -> None:
+        self.stop.asked = True
+
+    def _save_and_stop(self, progress: Progress) -> None:
+        self._flush()
+        self._save()
+        raise Stopped(f"stopped after step {self.state.step} with everything saved in {self.folder}; "
+                      f"the same command goes on from here")
+
+    def _say(self, text: str) -> None:
+        if rank() == 0:
+            print(text, flush=True)
+
+
+class Shown:
+    """Predictions of the first `n` chips, gathered from whichever rank has them: [n, H, W]."""
+
+    def __init__(self, n: int, device: torch.device):
+        self._n, self._device = n, device
+        self._maps: torch.Tensor | None = None
+
+    def add(self, batch: Batch, prediction: torch.Tensor) -> None:
+        if self._maps is None:
+            self._maps = torch.zeros(self._n + 1, *prediction.shape[2:], device=self._device)
+        # Rows beyond the shown ones, and padding, fall into the last place, which is thrown away
+        place = torch.where(batch.valid & (batch.rows < self._n), batch.rows, self._n)
+        self._maps[place] = prediction[:, 0]
+
+    def reduce(self) -> np.ndarray:
+        assert self._maps is not None
+        self._maps[self._n] = 0
+        return (average_(self._maps) * world())[:self._n].cpu().numpy()
+
+
+def _full_state(engine: Any) -> dict[str, torch.Tensor]:
+    """The model's state dict on the CPU, float32, whole at every ZeRO stage (on rank 0)."""
+    module = engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters()),
+                                           enabled=engine.zero_optimization_stage() == 3):
+        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def _same_architecture(model: BiomassUNet, config: Config, path: Path | str) -> None:
+    found, wanted = model.config(), config.model
+    for key in ("backbone", "decoder_channels", "in_channels"):
+        want = getattr(wanted, key)
+        if list(np.atleast_1d(found[key])) != list(np.atleast_1d(want)):
+            raise ConfigError(f"{path} holds a model with {key} {found[key]}, the recipe says {want}; "
+                              f"set model.{key} to the weights', or train from others")

@@ -1,0 +1,64 @@
+"""Predict maps:  python launch/predict.py --weights runs/demo --data DIR --out OUT
+
+Writes OUT/{chip}_agbm.tif (float32, t/ha) and pictures; where labels exist also metrics.json and a scatter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from engine.cli import main
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, type=Path,
+                        help="a run folder, a .safetensors file, or the winner's model_last.pth or modelo_best.pth")
+    parser.add_argument("--data", required=True, type=Path, help="a folder with test_features/ or train_features/")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--split", default="auto", choices=("auto", "train", "test", "all", "validation"),
+                        help="validation: what the run in --weights held out; auto: test chips, or all (default)")
+    parser.add_argument("--tta", default="id", help="flips to average over, of id,h,v,hv (default: id)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
+    parser.add_argument("--batch", type=int, default=4, help="chips at once (default: 4)")
+    parser.add_argument("--pictures", type=int, default=16, help="panels for the first N chips (default: 16)")
+    parser.add_argument("--nodata-months", default="fail", choices=("fail", "mask"),
+                        help="months whose files hold no value: an error (default), or left out")
+    parser.add_argument("--backbone", help="timm name, where the weights do not tell it")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from engine.errors import ConfigError
+    from engine.evaluate import FLIPS
+    from engine.parallel import join, leave, rank, resolve_device
+    from engine.predictor import choose_chips, predict
+
+    tta = args.tta.split(",")
+    unknown = [name for name in tta if name not in FLIPS]
+    if unknown or len(set(tta)) < len(tta) or args.batch < 1:
+        raise ConfigError(f"--tta {args.tta} --batch {args.batch}: tta names each of {', '.join(FLIPS)} at most once, "
+                          f"and a batch has at least one chip")
+    device = resolve_device(args.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        join(device)
+    try:
+        chips = choose_chips(args.data, args.split, args.weights)
+        metrics = predict(args.weights, chips, args.out, device=device, precision=args.precision, tta=tta,
+                          batch_size=args.batch, n_pictures=args.pictures, nodata_months=args.nodata_months,
+                          backbone=args.backbone)
+    finally:
+        leave()
+    if rank() == 0:
+        print(f"{len(chips)} maps in {args.out}")
+        for name, value in metrics.items():
+            print(f"  {name:14} {value:.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(arguments(), run)

@@ -1,0 +1,49 @@
+"""Train a recipe:  deepspeed launch/train.py --config configs/biomassters.yaml [--set a.b=c …] [--dry-run]
+
+Run it again, with the same command, to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.cli import main
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a recipe, such as configs/biomassters.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print and check what would be done")
+    parser.add_argument("--profile", metavar="steps=A:B", help="profile these steps into the run's folder")
+    parser.add_argument("--restart", action="store_true", help="delete the run of this name and begin again")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from engine.config import load_config
+    from engine.parallel import join, leave, rank, resolve_device
+
+    config = load_config(args.config, args.set)
+    if args.dry_run:
+        from engine.dryrun import describe
+
+        if rank() == 0:
+            print(describe(config))
+        return 0
+    device = resolve_device(config.train.device)
+    join(device)  # before the trainer's import of DeepSpeed, which picks its device then
+    from engine.profile import Profile, parse_window
+    from engine.trainer import Trainer
+
+    try:
+        window = parse_window(args.profile) if args.profile else None
+        Trainer(config, device, Profile(window, config.run_folder), args.restart).run()
+    finally:
+        leave()
+    return 0
+
+
+if __name__ == "__main__":
+    main(arguments(), run)
