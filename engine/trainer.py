@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from engine.profile import Profile
 from engine.progress import Progress
 from engine.runfolder import claim
 from engine.runlog import RunLog
+from engine.scaling import LossScale, take_over
 from engine.selection import select_chips
 
 
@@ -61,6 +62,11 @@ class State:
     step: int = 0  # since the run began
     best: float = float("inf")  # of the phase: validation RMSE, mean over chips
     skipped: int = 0  # updates left out because the gradient was not finite
+    loss_scale: LossScale = field(default_factory=LossScale)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> State:
+        return cls(**{**saved, "loss_scale": LossScale(**saved["loss_scale"])})
 
 
 class Trainer:
@@ -88,7 +94,7 @@ class Trainer:
         self.state = State()
         resume_from = found[-1] if found else None
         if resume_from is not None:
-            self.state = State(**checkpoint.read_state(resume_from))
+            self.state = State.from_dict(checkpoint.read_state(resume_from))
         self.log = RunLog(self.folder, self.state.step)
         old = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         metrics: dict[str, float] = {}
@@ -158,31 +164,36 @@ class Trainer:
         """One optimizer step.  Returns (mean loss over micro-batches, gradient norm before clipping)."""
         # Stochastic layers draw from the step's number, so that a resume needs no generator state
         torch.manual_seed((self.config.run.seed << 40) + (self.state.step << 12) + rank())
-        engine, losses = self.engine, []
+        engine, train, losses = self.engine, self.config.train, []
         norm: torch.Tensor | float = 0.0
-        for _ in range(self.config.train.accumulate):
+        scale = self.state.loss_scale.value if train.precision == "fp16" else 1.0
+        if train.zero_stage and train.precision == "fp16":
+            engine.optimizer.override_loss_scale(scale)
+        for _ in range(train.accumulate):
             batch = next(batches)
             loss = self.loss(engine(batch.images, batch.dropped), batch.label)
-            engine.backward(loss)
+            engine.backward(loss if train.zero_stage else loss * scale)
             losses.append(loss.detach())
-            if engine.is_gradient_accumulation_boundary() and self.config.train.zero_stage == 0:
-                norm = self._clip()
+            if engine.is_gradient_accumulation_boundary() and train.zero_stage == 0:
+                norm = self._clip(scale)
             engine.step()
-        if self.config.train.zero_stage:
+        if train.zero_stage:
             norm = engine.get_global_grad_norm()
+        if train.precision == "fp16":
+            norm = float(norm)
+            self.state.loss_scale.update(norm)
         synchronise_batchnorm(engine.module)
         return torch.stack(losses).mean(), norm
 
-    def _clip(self) -> torch.Tensor:
+    def _clip(self, scale: float) -> torch.Tensor:
         """Clip at ZeRO stage 0, and have the optimizer skip the update on the device if the norm is not finite."""
-        engine = self.engine
-        if engine.torch_autocast_z0_gradscaler is not None:
-            engine.torch_autocast_z0_gradscaler.unscale_(engine.optimizer)
-        clip = self.config.optimizer.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip, foreach=True)
-        if engine.torch_autocast_z0_gradscaler is None:
-            engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        return norm
+        optimizer = self.engine.optimizer
+        clip = (self.config.optimizer.clip or float("inf")) * scale
+        norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), clip, foreach=True)
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        if scale != 1.0:
+            optimizer.grad_scale = torch.tensor(scale, device=norm.device)
+        return norm / scale
 
     # Parts ---------------------------------------------------------------------------------------------------
 
@@ -209,6 +220,8 @@ class Trainer:
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, self.config.optimizer),
                                           config=deepspeed_config(self.config, world()),
                                           dist_init_required=False)
+        if self.config.train.precision == "fp16":
+            take_over(engine)
         if self.config.train.compile:
             engine.compile(backend="inductor")
         return engine
