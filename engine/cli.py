@@ -15,6 +15,8 @@ STOPPED = 143  # as a shell reports SIGTERM: the work is not done
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Before torch is imported: threads that wait by spinning take the cores from those that read and augment
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parser.parse_args()
     try:

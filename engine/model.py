@@ -12,19 +12,18 @@ Legend: B chips, T months, C bands, H, W pixels, L levels of the encoder, D chan
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.backbones import build_backbone, is_channels_last
+from engine.decoder import Decoder
 from engine.errors import ConfigError, DataError
-
-SCSE_REDUCTION = 16
+from kernels.month_attention import month_attention
 
 
 class BiomassUNet(nn.Module):
@@ -34,8 +33,12 @@ class BiomassUNet(nn.Module):
     decoder_channels: one number per halving of the encoder, deepest first (five for a stride of 32).
     pretrained: False: random; True: the tag's weights from timm's hub; a path: a local file of timm weights for this
         backbone (3 input channels; timm spreads the stem's weights over `in_channels`).
+    skip_dropped_months: the encoder sees kept months only.  In eval mode nothing changes but the work; in training,
+        BatchNorm then sees real images only.  False: the winner's way, whose encoder sees dropped months as zeros.
     Raises ConfigError (unknown backbone, wrong number of decoder_channels), WeightsError (pretrained).
     """
+
+    skip_dropped_months = True
 
     def __init__(self, backbone: str = "tf_efficientnetv2_l.in21k",
                  decoder_channels: Sequence[int] = (384, 368, 352, 336, 320),
@@ -46,27 +49,37 @@ class BiomassUNet(nn.Module):
         self.attn = nn.ModuleList(MonthAttention(channels) for channels in self.encoder.channels)
         self.decoder = Decoder(self.encoder.channels, self.encoder.strides, self.decoder_channels, backbone)
         self.segmentation_head = nn.Conv2d(self.decoder_channels[-1], 1, 3, padding=1)
+        for block in self.decoder.blocks:
+            if not block.has_skip:  # held for the sake of the weights' names, used by nothing
+                block.attention1.requires_grad_(False)
         nn.init.xavier_uniform_(self.segmentation_head.weight)
         nn.init.zeros_(self.segmentation_head.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Biomass [B,1,H,W] in t/ha of normalised images [B,T,C,H,W].
 
-        dropped [B,T] bool: months that do not take part (None: all do).  A chip whose months are all dropped gets
-        the decoder's answer to nothing: finite, and independent of its images.
+        dropped [B,T] bool: months that do not take part (None: all do), best on the host: there it tells how many
+        months are kept without waiting for the device.  A chip whose months are all dropped gets the decoder's
+        answer to nothing: finite, and independent of its images.
         """
         self._check(images, dropped)
-        if dropped is None:
-            dropped = torch.zeros(images.shape[:2], dtype=torch.bool, device=images.device)
-        return self.decode(self.pool(self.encode(images.flatten(0, 1)), dropped))
+        index, segments = kept_months(dropped, images)
+        months = images.flatten(0, 1)
+        if index is None:
+            features = self.encode(months)
+        elif self.skip_dropped_months:
+            features = self.encode(take(months, index))
+        else:
+            features = [take(level, index) for level in self.encode(months)]
+        return self.decode(self.pool(features, segments))
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Features of single months: [N,C,H,W] -> L maps [N,D,h,w], finest first."""
         return self.encoder(images.contiguous(memory_format=torch.channels_last))
 
-    def pool(self, features: list[Tensor], dropped: Tensor) -> list[Tensor]:
-        """Months to one map per chip: L × [B·T,D,h,w], dropped [B,T] -> L × [B,D,h,w]."""
-        return [attention(level, dropped) for attention, level in zip(self.attn, features)]
+    def pool(self, features: list[Tensor], segments: Tensor) -> list[Tensor]:
+        """Months to one map per chip: L × [N,D,h,w] -> L × [B,D,h,w]; chip b has months segments[b]:segments[b+1]."""
+        return [attention(level, segments) for attention, level in zip(self.attn, features)]
 
     def decode(self, pooled: list[Tensor]) -> Tensor:
         """L maps [B,D,h,w], finest first -> [B,1,H,W]."""
@@ -122,93 +135,50 @@ class Encoder(nn.Module):
 
 
 class MonthAttention(nn.Module):
-    """Per pixel a softmax over the months that are not dropped, and the weighted sum of their features."""
+    """Per pixel a softmax over a chip's months, and the weighted sum of their features: `kernels.month_attention`.
+
+    `implementation`: "auto", or one of `kernels.month_attention.IMPLEMENTATIONS` by name.
+    """
+
+    implementation = "auto"
 
     def __init__(self, channels: int):
         super().__init__()
         self.attn = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.GELU(),
                                   nn.Linear(channels, 1))
 
-    def forward(self, features: Tensor, dropped: Tensor) -> Tensor:
-        """[B·T,D,h,w] and dropped [B,T] -> [B,D,h,w]; zero where all months of a chip are dropped."""
-        months = features.permute(0, 2, 3, 1).unflatten(0, dropped.shape)  # [B,T,h,w,D]
-        logits = self.attn(months)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        gone = dropped[:, :, None, None, None]
-        # The lowest finite number, not -inf: where all months are dropped, -inf makes NaN, there and back.
-        weights = logits.masked_fill(gone, torch.finfo(logits.dtype).min).softmax(1).masked_fill(gone, 0)
-        return (weights * months).sum(1).to(features.dtype).permute(0, 3, 1, 2)
+    def forward(self, features: Tensor, segments: Tensor) -> Tensor:
+        """[N,D,h,w] and segments int32 [B+1] -> [B,D,h,w]; zero where a chip has no months."""
+        linear, norm, _, score = cast(Any, self.attn)
+        return month_attention(features, segments, linear.weight, linear.bias, norm.weight, norm.bias, score.weight,
+                               score.bias, eps=norm.eps, implementation=self.implementation)
 
 
-class Decoder(nn.Module):
-    """From the deepest level to full resolution, ×2 at a time, joining the encoder's level of the same stride."""
+def kept_months(dropped: Tensor | None, images: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Where the months that take part lie among the B·T: index int64 [N] (None: all of them), and how they belong to
+    chips: segments int32 [B+1], both on the device of images [B,T,…].
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], widths: Sequence[int], backbone: str):
-        super().__init__()
-        halvings = strides[-1].bit_length() - 1
-        if len(widths) != halvings:
-            raise ConfigError(f"model.decoder_channels has {len(widths)} numbers, but {backbone!r} halves the image "
-                              f"{halvings} times: give {halvings}")
-        skips = dict(zip(strides[:-1], channels[:-1]))
-        inputs = [channels[-1], *widths[:-1]]
-        self.blocks = nn.ModuleList(
-            DecoderBlock(inputs[i], skips.get(strides[-1] >> (i + 1), 0), widths[i]) for i in range(halvings))
-        self.apply(_initialise)
-
-    def forward(self, pooled: list[Tensor]) -> Tensor:
-        x, skips = pooled[-1], pooled[:-1]
-        for block in self.blocks:
-            x = block(x, skips.pop() if block.has_skip else None)
-        return x
-
-
-class DecoderBlock(nn.Module):
-    """Upsample ×2, join the skip, scSE, two convolutions, scSE.
-
-    Without a skip `attention1` is not used; it stays, because the winner's weights hold it.
+    With `dropped` on the host nothing waits for the device; on the device, counting the months does.
     """
-
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int):
-        super().__init__()
-        self.has_skip = skip_channels > 0
-        self.conv1 = _convolution(in_channels + skip_channels, out_channels)
-        self.attention1 = _scse(in_channels + skip_channels)
-        self.conv2 = _convolution(out_channels, out_channels)
-        self.attention2 = _scse(out_channels)
-
-    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if skip is not None:
-            x = self.attention1(torch.cat([x, skip], 1))
-        return self.attention2(self.conv2(self.conv1(x)))
+    chips, months = images.shape[:2]
+    if dropped is None:
+        return None, torch.arange(0, (chips + 1) * months, months, dtype=torch.int32, device=images.device)
+    kept = ~dropped
+    segments = F.pad(kept.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    index = kept.flatten().nonzero()[:, 0]
+    if len(index) == 0:  # an encoder wants at least one image; no segment holds it
+        index = index.new_zeros(1)
+    if len(index) == chips * months:
+        return None, _put(segments, images.device)
+    return _put(index, images.device), _put(segments, images.device)
 
 
-class ScSE(nn.Module):
-    """Squeeze-and-excitation over channels (cSE) and over pixels (sSE), added."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        hidden = max(1, channels // SCSE_REDUCTION)
-        self.cSE = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True),
-                                 nn.Conv2d(hidden, channels, 1), nn.Sigmoid())
-        self.sSE = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.Sigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.cSE(x) + self.sSE(x))
+def _put(small: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and small.device.type == "cpu":
+        small = small.pin_memory()  # or the copy would wait for the device
+    return small.to(device, non_blocking=True)
 
 
-def _scse(channels: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(attention=ScSE(channels)))
-
-
-def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
-
-
-def _initialise(module: nn.Module) -> None:
-    """The decoder's initial weights in segmentation-models-pytorch: He's, uniform; biases zero."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def take(maps: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` of [N,D,h,w], channels_last in memory."""
+    return maps.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)

@@ -77,7 +77,7 @@ def test_one_option_leaves_the_others_draws_alone() -> None:
 
 
 def test_rates_are_the_recipe_s() -> None:
-    draws = [draw(Augment(), 0, epoch, position) for epoch in range(4) for position in range(1000)]
+    draws = [draw(Augment(months_step=1), 0, epoch, position) for epoch in range(4) for position in range(1000)]
     n = len(draws)
     whole = np.mean([d.keep.all() for d in draws])
     assert abs(whole - (0.5 + 0.5 * 0.7**12)) < 4 * np.sqrt(0.25 / n)
@@ -89,8 +89,17 @@ def test_rates_are_the_recipe_s() -> None:
     assert abs(flipped - 0.5) < 4 * np.sqrt(0.25 / n)
 
 
+def test_kept_months_come_in_few_numbers_at_the_same_rate() -> None:
+    keep = np.array([draw(Augment(), 0, epoch, p).keep for epoch in range(5) for p in range(1600)])
+    batches = keep.reshape(-1, 8 * T).sum(1)
+    assert np.mean(np.isin(batches, (60, 72, 84, 96))) > 0.99
+    assert abs(keep.mean() - 0.85) < 0.01 and np.abs(keep.mean(0) - 0.85).max() < 0.02
+    assert keep.any(1).all()
+    assert np.mean(keep.all(1)) > 0.5, "chips that were not to lose months keep them all"
+
+
 def test_never_all_months_are_dropped() -> None:
-    augment = Augment(month_dropout=1, drop_month=1)
+    augment = Augment(month_dropout=1, drop_month=1, months_step=1)
     keeps = np.array([draw(augment, 0, 0, p).keep for p in range(400)])
     assert (keeps.sum(1) == 1).all()
     assert (keeps.sum(0) > 10).all(), "each month is sometimes the one that stays"

@@ -8,6 +8,7 @@ and a run resumes from two integers.  Random numbers come from Philox, a counter
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from engine.data.bands import TILE, T
 from engine.errors import ConfigError
 
 # Streams that must not share numbers: the second word of Philox's 128-bit key
-_ORDER, _AUGMENT = 1, 2
+_ORDER, _AUGMENT, _MONTHS, _ROUNDING = 1, 2, 3, 4
 
 
 def _generator(stream: int, seed: int, epoch: int, position: int) -> np.random.Generator:
@@ -42,18 +43,47 @@ def draw(augment: Augment, seed: int, epoch: int, position: int) -> Draw:
     """The augmentation of the chip at `position` of an epoch.
 
     Always consumes the same count of random numbers, so that changing one option leaves the others' draws alone.
+    Dropped months are drawn for a group of chips at once: see `_group_keep`.
     """
-    u = _generator(_AUGMENT, seed, epoch, position).random(7 + T + 1)
+    u = _generator(_AUGMENT, seed, epoch, position).random(6)
     flip = u[0] < augment.hflip
     quarter_turns = int(u[1] * 4) if augment.rot90 else 0
     angle = math.radians((2 * u[3] - 1) * augment.degrees) if u[2] < augment.rotate else 0.0
     centre = TILE * (0.5 + (2 * u[4:6] - 1) * augment.centre_jitter)
-    keep = np.ones(T, bool)
-    if u[6] < augment.month_dropout:
-        keep = u[7:7 + T] >= augment.drop_month
-        if not keep.any():
-            keep[int(u[-1] * T)] = True
+    keep = _group_keep(augment, seed, epoch, position // augment.group)[position % augment.group]
     return Draw(dihedral(flip, quarter_turns, rotation(angle, centre)), keep)
+
+
+@functools.lru_cache(maxsize=64)
+def _group_keep(augment: Augment, seed: int, epoch: int, group: int) -> np.ndarray:
+    """Kept months of a group of successive positions, [augment.group, T] bool.
+
+    Drawn chip by chip, then brought to a multiple of `months_step` in sum.  Groups lie in the order of the epoch, so
+    the result knows nothing of ranks and micro-batches.
+    """
+    u = _generator(_MONTHS, seed, epoch, group).random((augment.group, T + 2))
+    keep = (u[:, T] >= augment.month_dropout)[:, None] | (u[:, :T] >= augment.drop_month)
+    empty = ~keep.any(1)
+    keep[empty, (u[empty, T + 1] * T).astype(int)] = True
+    step, kept = augment.months_step, int(keep.sum())
+    if step > 1 and kept % step:
+        generator = _generator(_ROUNDING, seed, epoch, group)
+        up = generator.random() * step < kept % step
+        _change(keep, generator, step - kept % step if up else -(kept % step), u[:, T] < augment.month_dropout)
+    return keep
+
+
+def _change(keep: np.ndarray, generator: np.random.Generator, by: int, losing: np.ndarray) -> None:
+    """Restore (`by` > 0) or drop (`by` < 0) that many months at random, among the chips that lose months at all;
+    a chip keeps at least one."""
+    for place in generator.permutation(keep.size):
+        chip, month = divmod(int(place), T)
+        if by > 0 and losing[chip] and not keep[chip, month]:
+            keep[chip, month], by = True, by - 1
+        elif by < 0 and losing[chip] and keep[chip, month] and keep[chip].sum() > 1:
+            keep[chip, month], by = False, by + 1
+        if by == 0:
+            return
 
 
 def rotation(angle: float, centre: np.ndarray) -> np.ndarray:
