@@ -15,6 +15,7 @@ DALI = {
     "cuda120": "nvidia-dali-cuda120>=1.50,<3",
     "cuda110": "nvidia-dali-cuda110>=1.34,<1.51",
 }
+DOWNLOAD = ["botocore>=1.36", "urllib3>=1.26"]
 chosen = "cuda" + os.environ.get("DALI_CUDA", "130")
 
 setup(
@@ -24,6 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["engine*", "kernels*"]),
+    package_data={"kernels.month_attention": ["*.cpp"]},
     install_requires=[
         "deepspeed>=0.19,<0.20",
         "torch>=2.11,<2.16",
@@ -33,6 +35,7 @@ setup(
         "tifffile>=2024.1",
         "tensorboard>=2.17",
         "safetensors>=0.5",
+        "lz4>=4.3",
         "pydantic>=2.10,<3",
         "pyyaml>=6",
         "matplotlib>=3.9",
@@ -42,6 +45,10 @@ setup(
     ],
     extras_require={
         **{extra: [package] for extra, package in DALI.items()},
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+        "download": DOWNLOAD,  # launch/prepare.py download
+        # moto with flask is a real S3 server for the tests; moto[server] would add 24 packages for other services.
+        "xarray": ["xarray"],
+        "dev": ["xarray", *DOWNLOAD, "moto[s3]>=5", "flask", "flask-cors",
+                "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
     },
 )

@@ -51,7 +51,7 @@ class Split(Section):
 
 
 class Data(Section):
-    path: str  # a folder with train_features/ and train_agbm/
+    path: str  # a folder with train_features/ and train_agbm/, or a packed store
     split: Split = Split()
     chips: list[str] | None = None  # only these chips (all when null)
     overfit: bool = False  # train and validate on all chips: to see that a model can learn at all
@@ -60,6 +60,8 @@ class Data(Section):
     readers: Positive = 4  # threads that read files ahead
     threads: Positive = 2  # threads of DALI's CPU operators
     prefetch: Positive = 2  # batches prepared ahead
+    cache_gb: Annotated[float, Field(ge=0)] = 0.0  # memory, for each process, to keep stored chips in
+    bad_chips: Literal["fail", "quarantine"] = "fail"  # quarantine: check all before the first step, leave bad ones out
     verify: bool = False  # check sizes and checksums of every file before the first step
 
 
@@ -73,6 +75,10 @@ class Augment(Section):
     centre_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # of the side, either way, per axis
     month_dropout: Probability = 0.5  # chance that a chip loses months
     drop_month: Probability = 0.3  # chance of each month then; never all
+    # Among each `group` of successive chips, kept months are brought to a multiple of `months_step`, so that batches
+    # come in few shapes; up or down at random, so that the chance of a month stays as above.  1: left as drawn.
+    group: Annotated[int, Field(ge=1, le=64)] = 8
+    months_step: Annotated[int, Field(ge=1, le=12)] = 12
 
 
 class Model(Section):
@@ -80,6 +86,8 @@ class Model(Section):
     decoder_channels: list[Positive] = [384, 368, 352, 336, 320]
     in_channels: Literal[15] = 15
     pretrained: bool | str = False  # true: timm's weights from its hub; a path: a local file of them
+    attention: Literal["auto", "triton", "compile", "reference"] = "auto"  # which month attention; see kernels/
+    skip_dropped_months: bool = True  # the encoder sees kept months only; false: the winner's way
     initial_biomass: float = 0.0  # t/ha: bias of the head of a fresh model; near the mean, learning starts sooner
     weights: str | None = None  # start from these (run folder, .safetensors, or the winner's .pth)
 
@@ -116,7 +124,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast; parameters stay float32
     zero_stage: Literal[0, 1, 2, 3] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where there is one
-    compile: bool = False  # torch.compile through DeepSpeed; not with zero_stage 3
+    compile: bool = False  # torch.compile of the model's blocks, not at zero_stage 3; see engine/compilation.py
+    checkpoint_activations: bool = False  # less memory, a third more work: blocks are recomputed in the backward
 
 
 class Validate(Section):
@@ -154,8 +163,6 @@ class Config(Section):
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ValueError(f"phases: names must differ, found {names}")
-        if self.train.compile and self.train.zero_stage == 3:
-            raise ValueError("train.compile: ZeRO-3's hooks break graphs; set zero_stage ≤ 2 or compile: false")
         return self
 
     @property

@@ -47,9 +47,9 @@ def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarr
     axes[0].set_title(title)
     top = float(np.percentile(np.concatenate([x.ravel() for x in (prediction, truth) if x is not None]), 99.5))
     maps = [(truth, "truth")] if truth is not None else []
-    for axis, (values, name) in zip(axes[1:], [*maps, (prediction, "prediction")]):
+    for axis, (values, what) in zip(axes[1:], [*maps, (prediction, "prediction")]):
         shown = axis.imshow(values, cmap=_BIOMASS, vmin=0, vmax=max(top, 1))
-        axis.set_title(name)
+        axis.set_title(what)
     figure.colorbar(shown, ax=axes[1:3].tolist() if truth is not None else axes[1], label="AGBM, t/ha", shrink=0.85)
     if truth is not None:
         error = prediction - truth
@@ -61,6 +61,29 @@ def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarr
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
+    return figure
+
+
+def months_figure(name: str, stack: Stack, labelled: bool) -> Figure:
+    """Every month of a chip as `quicklook` shows it, and its label."""
+    shown = [quicklook(stack._replace(s1=stack.s1[k:k + 1], s2=stack.s2[k:k + 1], months=stack.months[k:k + 1]))
+             for k in range(len(stack.months))]
+    columns = 5
+    rows = -(-(len(shown) + labelled) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (image, title) in zip(axes, shown):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=9)
+    if labelled:
+        axis = axes[len(shown)]
+        drawn = axis.imshow(stack.label[..., 0], cmap=_BIOMASS, vmin=0,
+                            vmax=max(float(np.percentile(stack.label, 99.5)), 1))
+        axis.set_title("AGBM, t/ha", fontsize=9)
+        figure.colorbar(drawn, ax=axis, shrink=0.8)
+    figure.suptitle(f"chip {name}")
     return figure
 
 

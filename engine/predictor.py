@@ -14,13 +14,14 @@ import torch
 from engine import pictures, weights
 from engine.config import parse_config
 from engine.data import tiff
-from engine.data.bands import AGBM_DTYPE, TILE, T, label_name
+from engine.data.bands import AGBM_DTYPE, TILE, label_name
 from engine.data.index import Chip, open_index
 from engine.data.loader import Batch, Loader
-from engine.data.source import Source, TiffSource, empty_stack
+from engine.data.source import Source, open_source, read_label
 from engine.errors import DataError
 from engine.evaluate import evaluate
 from engine.files import write_text
+from engine.model import optimize_for_inference
 from engine.parallel import rank
 from engine.progress import Progress
 from engine.selection import select_chips
@@ -55,22 +56,27 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
 
 def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: torch.device, precision: str = "fp32",
             tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
-            readers: int = 4, threads: int = 2, backbone: str | None = None) -> dict[str, float]:
+            readers: int = 4, threads: int = 2, backbone: str | None = None,
+            optimize: bool = True) -> dict[str, float]:
     """Write `out/{chip}_agbm.tif` (float32, t/ha) for every chip; where labels exist, metrics and pictures as well.
 
+    optimize: predict with `engine.model.optimize_for_inference` of the model and, on a GPU, all flips in one batch;
+    False: with the model as it trains.
     Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
     DataError.
     """
     model = weights.load_model(weights_path, device, backbone).eval()
-    source = TiffSource(nodata_months)
+    if optimize:
+        model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32")
     backend = "gpu" if device.type == "cuda" else "cpu"
+    source = open_source(chips, nodata_months=nodata_months, backend=backend)
     loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,
                     readers=readers, threads=threads)
     out.mkdir(parents=True, exist_ok=True)
     with Progress("predicting", len(chips), "chip", quiet=rank() != 0) as progress:
         writer = Writer(out, progress)
         table = evaluate(model, loader, chips, micro_batch=batch_size, tta=tta, precision=precision, device=device,
-                         each=writer.add)
+                         flips_at_once=len(tta) if optimize and device.type == "cuda" else 1, each=writer.add)
         writer.finish()
     labelled = any(chip.label is not None for chip in chips)
     metrics = table.metrics() if labelled else {}
@@ -129,18 +135,17 @@ def _write_metrics(path: Path, metrics: dict[str, float], per_chip: np.ndarray, 
 
 def _draw(out: Path, chips: Sequence[Chip], source: Source, n_pictures: int, metrics: dict[str, float]) -> None:
     """Panels of the first chips, and one scatter over all that have a label; read back from the maps written."""
-    scatter, buffer = pictures.Scatter(), empty_stack()
+    scatter = pictures.Scatter()
     labelled = [chip for chip in chips if chip.label is not None]
     for chip in labelled:
-        assert chip.label is not None
-        scatter.add(_read_map(out / label_name(chip.id)), _read_map(chip.label))
+        scatter.add(_read_map(out / label_name(chip.id)), read_label(chip))
     if labelled:
         lines = [f"{len(labelled)} chips", f"RMSE {metrics['rmse_per_chip']:.2f} (mean over chips)",
                  f"RMSE {metrics['rmse_pooled']:.2f} (pooled)",
                  f"predicting the mean {metrics['rmse_of_mean']:.2f}", f"R² {metrics['r2']:.3f}"]
         pictures.save(scatter.figure(lines), out / "scatter.png")
     for chip in chips[:n_pictures]:
-        stack = source.read(chip, np.ones(T, bool), buffer)
+        stack = source.stack(chip)
         truth = stack.label[..., 0] if chip.label is not None else None
         figure = pictures.chip_figure(chip.id, stack, _read_map(out / label_name(chip.id)), truth)
         pictures.save(figure, out / "pictures" / f"{chip.id}.png")

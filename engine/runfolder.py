@@ -20,8 +20,8 @@ from engine.files import write_text
 from engine.parallel import rank, world
 
 # What may differ between the commands that start and resume a run
-_FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("data", "prefetch"), ("data", "verify"),
-         ("data", "path"), ("data", "backend"), ("run", "folder"))
+_FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("data", "prefetch"),
+         ("data", "cache_gb"), ("data", "verify"), ("data", "path"), ("data", "backend"), ("run", "folder"))
 
 
 def claim(folder: Path, config: Config, restart: bool) -> None:

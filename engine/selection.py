@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from engine.config import Config
-from engine.data import tiff
-from engine.data.bands import AGBM_DTYPE, TILE, label_name
-from engine.data.index import Chip, open_index, verify
+from engine.data.bands import label_name
+from engine.data.index import Chip, is_store, open_index, verify
+from engine.data.pack import verify_store
+from engine.data.source import read_label
 from engine.errors import ConfigError, DataError
 from engine.splits import kfold, load_folds, stratified
 
@@ -16,10 +17,12 @@ def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
     """(training, validation) chips of a recipe.  Raises DataError where a chip has no label or does not exist."""
     index = open_index(config.data.path)
     if config.data.verify:
-        problems = verify(index.files)
+        stored = is_store(index.root)
+        problems = verify_store(index.root) if stored else verify(index.files)
         if problems:
-            raise DataError(f"{index.root}: {len(problems)} of {len(index.files)} files differ from what was "
-                            f"published, first {problems[0].path}: {problems[0].what}; download them again")
+            raise DataError(f"{index.root}: {len(problems)} of {len(index) if stored else len(index.files)} files "
+                            f"differ from what was {'packed' if stored else 'published'}, first {problems[0].path}: "
+                            f"{problems[0].what}; {'pack' if stored else 'download'} them again")
     chips = {chip.id: chip for chip in index.split("train")}
     if config.data.chips is not None:
         unknown = sorted(set(config.data.chips) - chips.keys())
@@ -59,10 +62,4 @@ def _folds(config: Config, chips: dict[str, Chip]) -> list[list[str]]:
 
 def mean_biomass(chips: list[Chip]) -> dict[str, float]:
     """Mean label of each chip, t/ha, read from the files."""
-    label = np.empty((TILE, TILE), AGBM_DTYPE)
-    means = {}
-    for chip in chips:
-        assert chip.label is not None
-        tiff.read_into(chip.label, label)
-        means[chip.id] = float(label.mean(dtype=np.float64))
-    return means
+    return {chip.id: float(read_label(chip).mean(dtype=np.float64)) for chip in chips}

@@ -1,13 +1,17 @@
-"""Prepare data:  python launch/prepare.py sample|verify|splits …
+"""Prepare data:  python launch/prepare.py sample|download|verify|pack|inspect|splits …
 
   sample   make data in the original layout, to try things out
-  verify   compare every file with its published size and checksum
+  download fetch the challenge's files from its public S3 buckets
+  verify   compare every file with its published size and checksum, or a packed store with its own
+  pack     store chips compressed, one file each, for training at full speed
+  inspect  show a chip of either form
   splits   publish folds as a JSON file for data.split.path
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,10 +29,39 @@ def arguments() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=run_sample)
 
-    verify = commands.add_parser("verify", help="compare files with the metadata CSVs")
+    verify = commands.add_parser("verify", help="compare files with the metadata CSVs, or a store with itself")
     verify.add_argument("--data", required=True, type=Path)
     verify.add_argument("--workers", type=int, default=4)
     verify.set_defaults(run=run_verify)
+
+    download = commands.add_parser("download", help="fetch the challenge's files from its public S3 buckets")
+    place = download.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, help="folder of the TIFF tree")
+    place.add_argument("--into-store", type=Path, metavar="STORE", help="pack every chip as it arrives, keep no TIFFs")
+    download.add_argument("--lossless", action="store_true", help="with --into-store: as for pack")
+    download.add_argument("--metadata", type=Path, help="folder of the challenge's two CSVs (default: --out)")
+    download.add_argument("--region", choices=("us", "eu", "as"), default="us",
+                          help="the bucket; the nearest is the fastest (default: us, which every CSV has)")
+    download.add_argument("--split", choices=("train", "test", "all"), default="all")
+    download.add_argument("--chips", help="only so many, or those in this text file, one id a line")
+    download.add_argument("--workers", type=int, default=16, help="files at a time (default: 16)")
+    download.add_argument("--retries", type=int, default=8, help="of one file, over about a minute (default: 8)")
+    download.add_argument("--endpoint-url", help="another server that speaks S3 and holds the same buckets")
+    download.set_defaults(run=run_download)
+
+    pack = commands.add_parser("pack", help="make a packed store of a TIFF tree, or finish one")
+    pack.add_argument("--data", required=True, type=Path, help="the TIFF tree")
+    pack.add_argument("--out", required=True, type=Path, help="folder of the store")
+    pack.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="chips at a time (default: one a core)")
+    pack.add_argument("--lossless", action="store_true", help="Sentinel-1 as float32, not in steps of 0.01 dB")
+    pack.add_argument("--verify", action="store_true", help="read every packed chip back and compare it with its TIFFs")
+    pack.set_defaults(run=run_pack)
+
+    inspect = commands.add_parser("inspect", help="show a chip of a TIFF tree or a store")
+    inspect.add_argument("--data", required=True, type=Path)
+    inspect.add_argument("--chip", required=True, help="its id")
+    inspect.add_argument("--out", type=Path, help="also draw it into this .png file")
+    inspect.set_defaults(run=run_inspect)
 
     splits = commands.add_parser("splits", help="publish folds")
     splits.add_argument("--data", required=True, type=Path)
@@ -57,12 +90,14 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from engine.data.index import read_metadata, verify
+    from engine.data.index import is_store, read_metadata, verify
     from engine.errors import DataError
     from engine.progress import Progress
 
     if not args.data.is_dir():
         raise DataError(f"{args.data}: no such folder")
+    if is_store(args.data):
+        return verify_packed(args)
     files = list(read_metadata(args.data))
     if not files:
         raise DataError(f"{args.data}: no features_metadata.csv or train_agbm_metadata.csv to compare with; "
@@ -75,6 +110,85 @@ def run_verify(args: argparse.Namespace) -> int:
         raise DataError(f"{len(problems)} of {len(files)} files in {args.data} differ from what was published; "
                         f"download them again")
     print(f"{len(files)} files are as published")
+    return 0
+
+
+def run_download(args: argparse.Namespace) -> int:
+    from engine.data import download, s3
+    from engine.errors import ConfigError, DataError
+    from engine.progress import Progress
+
+    if args.workers < 1 or args.retries < 0:
+        raise ConfigError(f"--workers {args.workers} --retries {args.retries}: at least 1 and 0")
+    if args.lossless and args.out:
+        raise ConfigError("--lossless is for --into-store; TIFFs always arrive as they are")
+    if args.into_store and not args.metadata:
+        raise ConfigError("--into-store needs --metadata, the folder of the challenge's CSVs")
+    metadata, folder = args.metadata or args.out, args.out or args.into_store
+    files = download.select(metadata, args.region, args.split, args.chips)
+    client = s3.connect(args.workers, args.endpoint_url)
+    place = download.Tree(folder, metadata) if args.out else download.Store(folder, args.lossless)
+    with download.claimed(folder):
+        place.sweep()
+        with Progress("checking what is there", len(files), "file") as progress:
+            todo = place.missing(files, args.workers, progress.advance)
+        download.check_space(folder, place.room(todo))
+        total, left = (sum(file.expected for file in some) for some in (files, todo))
+        with Progress("downloading", total // 10**6, "megabyte", done=(total - left) // 10**6) as progress:
+            problems = s3.fetch_all(client, todo, place.deliver(todo), workers=args.workers, retries=args.retries,
+                                    progress=download.megabytes(progress, total - left))
+        for problem in problems:
+            print(f"{problem.path}: {problem.what}", file=sys.stderr)
+        if problems:
+            raise DataError(f"{folder}: {len(problems)} files are not as published (listed above)"
+                            f"{', stopped there' if len(problems) >= s3.MOST_PROBLEMS else ''}; run the same command "
+                            f"again, try another --region, or leave their chips out with --chips FILE")
+        place.finish()
+    unchecked = sum(file.cksum is None for file in files)
+    print(f"{len(files)} files in {folder} are as published, {len(todo)} of them new"
+          + (f"; {unchecked} have no published checksum, only their length was compared" if unchecked else ""))
+    return 0
+
+
+def verify_packed(args: argparse.Namespace) -> int:
+    from engine.data.index import open_index
+    from engine.data.pack import verify_store
+    from engine.errors import DataError
+    from engine.progress import Progress
+
+    with Progress("verifying", len(open_index(args.data)), "chip") as progress:
+        problems = verify_store(args.data, args.workers, progress.advance)
+    for problem in problems:
+        print(f"{problem.path}: {problem.what}", file=sys.stderr)
+    if problems:
+        raise DataError(f"{len(problems)} of {progress.done} chips in {args.data} are damaged (listed above)")
+    print(f"{progress.done} chips are as they were packed")
+    return 0
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    from engine.data.index import open_index
+    from engine.data.pack import pack
+    from engine.progress import Progress
+
+    with Progress("packing", len(open_index(args.data)), "chip") as progress:
+        made = pack(args.data, args.out, lossless=args.lossless, workers=args.workers, verify=args.verify,
+                    progress=progress.advance)
+    print(f"{made['chips']} chips in {args.out}, {made['new']} of them new: {made['bytes'] / 1e9:.3f} GB, "
+          f"{made['bytes'] / made['tiff_bytes']:.3f} of the TIFFs"
+          + ("; every one was compared with them" if args.verify else ""))
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from engine import pictures
+    from engine.data import open_chip
+
+    view = open_chip(args.data, args.chip)
+    print(view.table())
+    if args.out is not None:
+        pictures.save(pictures.months_figure(args.chip, view.stack, view.chip.label is not None), args.out)
+        print(f"\npicture in {args.out}")
     return 0
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: see engine/cli.py
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -95,8 +95,8 @@ def test_a_nodata_edge_does_not_bleed() -> None:
     s1[:, :, :128, 2:] = S1_NODATA
     stack = Stack(s1, np.zeros((1, *S2.shape), np.uint16), np.zeros((TILE, TILE, 1), np.float32), np.arange(1))
 
-    class Fixed:
-        def read(self, chip: Chip, keep: np.ndarray, into: Stack) -> Stack:
+    class Fixed(TiffSource):
+        def read(self, chip: Chip, keep: np.ndarray, into: Stack, turn: object = None) -> Stack:
             return stack
 
     how = draw(Augment(rotate=1), 1, 0, 0)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from engine.data import store
 from engine.data.bands import FEATURE_NAME, LABEL_NAME, MONTHS, SENSORS, T, feature_name, label_name
 from engine.data.checksum import cksum_file
 from engine.errors import DataError
@@ -33,6 +36,7 @@ class Chip:
     months: tuple[tuple[bool, ...], ...]  # [len(SENSORS)][T]
     folder: Path  # of the features
     label: Path | None  # None where the chip has no label
+    packed: Path | None = None  # the file that holds all of it, label included, in a packed store
 
     def path(self, sensor: int, month: int) -> Path:
         return self.folder / feature_name(self.id, SENSORS[sensor], month)
@@ -75,7 +79,7 @@ class Index:
 
 
 def open_index(root: Path | str) -> Index:
-    """Index the TIFF tree under `root`.
+    """Index the TIFF tree, or the packed store, under `root`.
 
     Raises DataError where the folder is missing or empty, where a CSV names a file that is not there, or where a
     file is there that its CSV does not know (so that a half-finished download never trains in silence).
@@ -84,6 +88,8 @@ def open_index(root: Path | str) -> Index:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the one that holds train_features/ and train_agbm/, or make "
                         f"one with `python launch/prepare.py sample --out {root} --chips 16`")
+    if is_store(root):
+        return _open_store(root)
     files = tuple(read_metadata(root))
     on_disk = {path.name: path for path in _tiffs(root)}
     if not on_disk:
@@ -95,6 +101,44 @@ def open_index(root: Path | str) -> Index:
     if not chips:
         raise DataError(f"{root}: only labels here; expected {{chip}}_S1_00.tif in train_features/ or test_features/")
     return Index(root, tuple(chips), files)
+
+
+def is_store(root: Path) -> bool:
+    """Whether `root` holds packed chips (engine.data.pack), finished or not."""
+    return (root / store.MANIFEST).is_file() or (root / store.CHIPS).is_dir()
+
+
+def _open_store(root: Path) -> Index:
+    manifest = read_manifest(root)
+    folder = root / store.CHIPS
+    there = {path.name for path in folder.glob(f"*{store.SUFFIX}")}
+    chips = []
+    for entry in manifest["chips"]:
+        path = folder / f"{entry['id']}{store.SUFFIX}"
+        if path.name not in there:
+            raise DataError(f"{path}: is in {store.MANIFEST} but not on disk; {store.REMEDY}")
+        chips.append(Chip(entry["id"], entry["split"],
+                          tuple(tuple(month == "1" for month in entry["months"][sensor.name]) for sensor in SENSORS),
+                          folder, path if entry["label"] else None, path))
+    return Index(root, tuple(chips), ())
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a packed store.  Raises DataError where it is missing, unreadable or of another version."""
+    path = root / store.MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        version, _ = manifest["version"], manifest["chips"][0]["id"]
+    except FileNotFoundError:
+        raise DataError(f"{root}: packing is not finished (there is no {store.MANIFEST}); run the same "
+                        f"`launch/prepare.py pack` again, it goes on from where it stopped") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise DataError(f"{path}: is damaged; run `launch/prepare.py pack` again, it keeps the packed chips and writes "
+                        f"the manifest anew") from None
+    if version != store.VERSION:
+        raise DataError(f"{path}: a store of format version {version}, this program reads {store.VERSION}; take the "
+                        f"program that packed it, or pack the TIFFs anew")
+    return manifest
 
 
 def _tiffs(root: Path) -> Iterator[Path]:

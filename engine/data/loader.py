@@ -17,7 +17,7 @@ from engine.data import pipeline
 from engine.data.bands import T
 from engine.data.index import Chip
 from engine.data.plan import IDENTITY, Draw
-from engine.data.source import ReadAhead, Source
+from engine.data.source import UPRIGHT, Fed, Job, ReadAhead, Source, Turn, turn_of
 from engine.errors import DeviceError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     """
 
     images: torch.Tensor  # [B, T, C, H, W], training precision, channels_last in memory
-    dropped: torch.Tensor  # [B, T] bool
+    dropped: torch.Tensor  # [B, T] bool, on the host: the model counts kept months without waiting for the device
     label: torch.Tensor  # [B, H, W] float32, t/ha
     rows: torch.Tensor  # [B] int64
     valid: torch.Tensor  # [B] bool; False marks padding of the last evaluation batch
@@ -62,12 +62,14 @@ class Loader:
         self._source, self._batch_size, self._device = source, batch_size, device
         self._readers, self._prefetch = readers, prefetch
         self._dtype = DTYPES[precision]
-        self._stacks: Iterator[list] = iter(())
+        self._warp, self._gpu = warp, backend == "gpu"
+        self._ready: Iterator[list[Fed]] = iter(())
         self._fed: deque[tuple[list[Request], list[int]]] = deque()
         self._asked: deque[list[Request]] = deque()
         self._pipe = pipeline.build(
-            self._feed, batch_size=batch_size, threads=threads, prefetch=prefetch, warp=warp,
-            device_id=(device.index or 0) if backend == "gpu" else None, half=precision != "fp32")
+            self._feed, form=source.form, batch_size=batch_size, threads=threads, prefetch=prefetch, warp=warp,
+            device_id=(device.index or 0) if self._gpu else None,
+            half=self._gpu and precision != "fp32")  # DALI's CPU operators take 30 ms a chip to write float16
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Batch]:
         """Yield one batch for each list of `batch_size` requests, in order.
@@ -77,7 +79,7 @@ class Loader:
         """
         ahead = ReadAhead(self._source, self._tell(requests), self._readers, depth=self._prefetch + 1,
                           hold=self._prefetch + 2)
-        self._stacks = iter(ahead)
+        self._ready = iter(ahead)
         try:
             while True:
                 start = time.perf_counter()
@@ -92,17 +94,27 @@ class Loader:
         finally:
             ahead.close()
 
-    def _tell(self, requests: Iterable[list[Request]]) -> Iterator[list[tuple[Chip, np.ndarray]]]:
+    def _tell(self, requests: Iterable[list[Request]]) -> Iterator[list[Job]]:
         for batch in requests:
             self._asked.append(batch)
-            yield [(request.chip, request.draw.keep) for request in batch]
+            yield [Job(request.chip, request.draw.keep, self._turn(request)) for request in batch]
+
+    def _turn(self, request: Request) -> Turn | None:
+        if not self._warp:
+            return UPRIGHT
+        return None if self._gpu else turn_of(request.draw.matrix)
 
     def _feed(self) -> tuple[list[np.ndarray], ...]:
-        stacks = next(self._stacks)
+        ready = next(self._ready)
         requests = self._asked.popleft()
-        self._fed.append((requests, [len(stack.months) for stack in stacks]))
-        return ([s.s1 for s in stacks], [s.s2 for s in stacks], [s.label for s in stacks],
-                [request.draw.matrix for request in requests])
+        self._fed.append((requests, [len(fed.months) for fed in ready]))
+        arrays = tuple(map(list, zip(*(fed.arrays for fed in ready))))
+        if not self._warp:
+            return arrays
+        matrices = [request.draw.matrix for request in requests]
+        if self._gpu:
+            return *arrays, matrices
+        return *arrays, matrices, [np.array(self._turn(request) is None) for request in requests]
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
@@ -115,7 +127,7 @@ class Loader:
         dropped = np.arange(T) >= np.array(kept)[:, None]
         return Batch(
             images=images.to(self._device, self._dtype, non_blocking=True).permute(0, 1, 4, 2, 3),
-            dropped=self._put(torch.from_numpy(dropped)),
+            dropped=torch.from_numpy(dropped),
             label=labels.to(self._device, non_blocking=True),
             rows=self._put(torch.tensor([request.row for request in requests])),
             valid=self._put(torch.tensor([request.valid for request in requests])),

@@ -1,68 +1,188 @@
 """The DALI pipeline: stored arrays in, normalised and augmented stacks out.  One definition for CPU and GPU.
 
-Everything stays pixel-interleaved ([…, H, W, C]), as the files are and as channels_last convolutions want it: no
-transpose anywhere.  Each frame is a kept month; the dropped ones are never read, warped or scaled, and appear only
-as the zeros that fill a chip up to T frames.
+Everything stays pixel-interleaved ([…, H, W, C]), as the files are and as channels_last convolutions want it.  Each
+frame is a kept month; the dropped ones are never read, inflated, warped or scaled, and appear only as the zeros that
+fill a chip up to T frames.
 
-One matrix a chip carries flip, quarter turns and rotation through a single bilinear warp with reflected border.
+A chip's stored form decides how the graph begins (`FORMS`); from there on it is one: a bilinear warp with reflected
+border in the files' integers (Sentinel-1 of a TIFF is float32), in groups of 4 bands because DALI's warp takes no
+more, then scaling, filling up and conversion in one operator.  One matrix a chip carries flip, quarter turns and
+rotation.  The CPU warps only chips whose matrix is no flip or quarter turn; those were turned while they were read.
+On the GPU the packed form arrives compressed: blocks are inflated there, and the planes of a pixel's bytes and bands
+are interleaved by a single transpose of bytes.
+
 `engine.data.reference` is the same function in NumPy, and the tests hold this one to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import nvidia.dali.fn as fn
-from nvidia.dali import Pipeline
+from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
-from engine.data.bands import S1, S1_NODATA, S2, T
+from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, TILE, C, T
+from engine.data.store import CODE_LOW, CODE_NODATA, CODE_STEP, PLANE
 
-# DALI's warp takes at most 4 interleaved channels: Sentinel-2's 11 go in three groups
-_S2_GROUPS = ((0, 4), (4, 8), (8, 11))
+_GROUPS = ((0, 4), (4, 8), (8, 12), (12, 15))  # of all bands
+_S2_GROUPS = ((0, 4), (4, 8), (8, 11))  # of Sentinel-2's alone
 
 
-def build(feed: Callable[[], tuple[list[np.ndarray], ...]], *, batch_size: int, device_id: int | None, threads: int,
-          prefetch: int, half: bool, warp: bool) -> Pipeline:
+class Form(NamedTuple):
+    """A stored form: the layouts of the arrays that its source gives."""
+
+    layouts: tuple[str, ...]
+    gpu_only: bool = False
+
+
+FORMS = {
+    # s1 float32 dB and s2 uint16 as in the TIFFs, label
+    "stack": Form(("FHWC", "FHWC", "HWC")),
+    # four groups of bands in codes, or all bands and three dummies, label
+    "codes": Form(("FHWC",) * 4 + ("HWC",)),
+    # what is left of them where nothing is warped: all bands, label
+    "upright": Form(("FHWC", "HWC")),
+    # bytes, then offsets and sizes of the blocks of: all bands, label
+    "blocks": Form(("",) * 5, gpu_only=True),
+    # the same, of: s1 in float32, s2, label
+    "blocks_float": Form(("",) * 7, gpu_only=True),
+}
+
+
+Feed = Callable[[], tuple[list[np.ndarray], ...]]
+
+
+def build(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
+          threads: int, prefetch: int, half: bool, warp: bool) -> Pipeline:
     """A built pipeline with outputs images [B, T, H, W, C] (float16 if `half`, else float32) and label [B, H, W].
 
-    `feed()` returns per batch the lists (s1, s2, label, matrix) of `batch_size` arrays each, as in
-    `engine.data.source.Stack` and `engine.data.plan.Draw`, and raises StopIteration at the end.  `device_id` None
-    runs on the CPU.  Without `warp` the matrices are not used.
+    `feed()` returns per batch lists of `batch_size` arrays each, those of `form` (a key of FORMS) and, with `warp`,
+    the matrices of `engine.data.plan.Draw` and, on the CPU, whether each is to be applied; it raises StopIteration at
+    the end.
+    `device_id` None runs on the CPU.
     """
-    gpu = device_id is not None
-    pipe = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
-    with pipe:
-        s1, s2, label, *matrix = fn.external_source(
-            source=feed if warp else lambda: feed()[:3], num_outputs=4 if warp else 3, batch=True, no_copy=True,
-            layout=["FHWC", "FHWC", "HWC", ""][:4 if warp else 3])
-        if gpu:
-            s1, s2, label = s1.gpu(), s2.gpu(), label.gpu()
-        images, label = _transform(s1, s2, label, matrix[0] if warp else None, half)
-        pipe.set_outputs(images, label)
+    pipe = define(feed, form=form, batch_size=batch_size, device_id=device_id, threads=threads, prefetch=prefetch,
+                  half=half, warp=warp)
     pipe.build()
     return pipe
 
 
-def _transform(s1: Any, s2: Any, label: Any, matrix: Any | None, half: bool) -> tuple[Any, Any]:
-    dtype = DALIDataType.FLOAT16 if half else DALIDataType.FLOAT
-    s1 = (s1 - _row(S1.low)) * _row(1 / (S1.high - S1.low)) * (s1 != np.float32(S1_NODATA))
-    if matrix is not None:
-        s1, label = _warp(s1, matrix), _warp(label, matrix)
-        s2 = fn.cat(*(_warp(fn.slice(s2, start=a, end=b, axes=[3]), matrix) for a, b in _S2_GROUPS), axis=3)
-    s2 = s2 * _row(1 / S2.high)
-    images = fn.cat(fn.cast(s1, dtype=dtype), fn.cast(s2, dtype=dtype), axis=3)
-    images = fn.pad(images, axes=[0], shape=[T])
+def define(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
+           threads: int, prefetch: int, half: bool, warp: bool) -> Pipeline:
+    """The pipeline before it is built, which a machine without a GPU can do for one."""
+    gpu = device_id is not None
+    if form == "codes" and not warp:
+        form, feed = "upright", _ends(feed)
+    if FORMS[form].gpu_only and not gpu:
+        raise ValueError(f"form {form!r} is inflated on a GPU")
+    return _graph(feed, form, gpu, warp, DALIDataType.FLOAT16 if half else DALIDataType.FLOAT,
+                  batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
+
+
+def _ends(feed: Feed) -> Feed:
+    def first_and_last() -> tuple[list[np.ndarray], ...]:
+        arrays = feed()
+        return arrays[0], arrays[-1]
+
+    return first_and_last
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(feed: Any, form: str, gpu: bool, warp: bool, dtype: DALIDataType) -> tuple[Any, Any]:
+    count = len(FORMS[form].layouts)
+    extra = 0 if not warp else 1 if gpu else 2
+    layouts = [*FORMS[form].layouts, *[""] * extra]
+    inputs = fn.external_source(source=feed, num_outputs=len(layouts), batch=True, no_copy=True, layout=layouts)
+    stored = list(inputs[:count])
+    # Python's True and False where all chips of the graph go one way
+    matrix, needed = (inputs[count], True if gpu else inputs[count + 1]) if warp else (None, False)
+    if FORMS[form].gpu_only:
+        stored = _inflate(form, stored[0].gpu(), stored[1:])
+    elif gpu:
+        stored = [array.gpu() for array in stored]
+    label = _augment(stored[-1], [stored[-1]], None, matrix, needed)
+    if form in ("codes", "upright"):
+        images = _scale(_augment(stored[0], stored[:4], None, matrix, needed), _CODES, dtype)
+    elif form == "blocks":
+        images = _scale(_augment(stored[0], stored[:1], _GROUPS, matrix, needed), _CODES, dtype)
+    else:
+        s1 = _scale(_augment(stored[0], stored[:1], None, matrix, needed), _S1, dtype)
+        s2 = _scale(_augment(stored[1], stored[1:2], _S2_GROUPS, matrix, needed), _S2, dtype)
+        images = fn.cat(s1, s2, axis=3)
     return images, fn.squeeze(label, axes=[2])
 
 
-def _row(values: np.ndarray) -> Any:
-    """Per-channel constants, broadcast over [F, H, W]."""
-    return Constant(values.astype(np.float32))
+def _augment(upright: Any, groups: list[Any], cuts: tuple[tuple[int, int], ...] | None, matrix: Any,
+             needed: Any) -> Any:
+    """Where `needed`, the warped `groups` side by side, or those that `cuts` make of the only one; else `upright`."""
+    if needed:  # noqa: SIM108 (a statement, because DALI's conditionals rewrite only those)
+        result = _warp_groups(groups, cuts, matrix)
+    else:
+        result = upright
+    return result
 
 
-def _warp(frames: Any, matrix: Any) -> Any:
-    return fn.experimental.warp_perspective(frames, matrix=matrix, interp_type=DALIInterpType.INTERP_LINEAR,
-                                            border_mode="reflect_101", pixel_origin="corner")
+def _warp_groups(groups: list[Any], cuts: tuple[tuple[int, int], ...] | None, matrix: Any) -> Any:
+    if cuts is not None:
+        groups = [fn.slice(groups[0], start=first, end=last, axes=[3]) for first, last in cuts]
+    warped = [fn.experimental.warp_perspective(group, matrix=matrix, interp_type=DALIInterpType.INTERP_LINEAR,
+                                               border_mode="reflect_101", pixel_origin="corner") for group in groups]
+    return fn.cat(*warped, axis=3) if len(warped) > 1 else warped[0]
+
+
+class _Range(NamedTuple):
+    """What becomes 0, and what is divided by then, for each band."""
+
+    low: np.ndarray
+    span: np.ndarray
+
+
+_S1, _S2 = _Range(S1.low, S1.high - S1.low), _Range(S2.low, S2.high - S2.low)
+_CODES = _Range(np.concatenate([CODE_LOW, _S2.low]), np.concatenate([_S1.span / CODE_STEP, _S2.span]))
+
+
+def _scale(frames: Any, bands: _Range, dtype: DALIDataType) -> Any:
+    """[K, H, W, bands] → [T, H, W, bands], (x − low) / span in `dtype`; zeros after the K-th frame."""
+    return fn.crop_mirror_normalize(
+        fn.reinterpret(frames, layout="DHWC"), output_layout="DHWC", dtype=dtype, mean=bands.low.tolist(),
+        std=bands.span.tolist(), crop_d=T, crop_h=TILE, crop_w=TILE, crop_pos_z=0.0, out_of_bounds_policy="pad",
+        fill_values=[0.0] * len(bands.low))
+
+
+def _inflate(form: str, data: Any, tables: list[Any]) -> list[Any]:
+    """On the device: [bands, label] or [s1, s2, label] from the bytes of a file and the places of its blocks."""
+
+    def planes(index: int) -> Any:
+        offsets, sizes = tables[2 * index:2 * index + 2]
+        return fn.decoders.inflate(data, chunk_offsets=offsets, chunk_sizes=sizes, shape=[PLANE],
+                                   dtype=DALIDataType.UINT8)
+
+    return assemble(form, [planes(index) for index in range(len(tables) // 2)])
+
+
+def assemble(form: str, planes: list[Any]) -> list[Any]:
+    """[bands, label] or [s1, s2, label] from their inflated planes, [blocks, PLANE] each."""
+    label = fn.squeeze(interleave(planes[-1], 1, AGBM_DTYPE), axes=[0])
+    if form == "blocks":
+        return [with_nodata(interleave(planes[0], C, S2.dtype), _CODES.low, CODE_NODATA, S2.dtype), label]
+    s1 = interleave(planes[0], len(S1.bands), S1.dtype)
+    return [with_nodata(s1, S1.low, S1_NODATA, S1.dtype), interleave(planes[1], len(S2.bands), S2.dtype), label]
+
+
+def interleave(planes: Any, bands: int, dtype: np.dtype) -> Any:
+    """Byte-planes [K × bands × bytes, PLANE] → values [K, H, W, bands] of `dtype`, by one transpose of bytes."""
+    split = fn.reshape(planes, shape=[-1, bands, dtype.itemsize, PLANE])
+    pixels = fn.transpose(split, perm=[0, 3, 1, 2], transpose_layout=False)
+    return fn.reinterpret(pixels, shape=[-1, TILE, TILE, bands], dtype=_DALI[dtype], layout="FHWC")
+
+
+def with_nodata(values: Any, low: np.ndarray, nodata: float, dtype: np.dtype) -> Any:
+    """`nodata` replaced by each band's `low`, which scales to 0."""
+    mark, row = Constant(nodata, dtype=_DALI[dtype]), Constant(low.astype(dtype), device=values.device)
+    return values * (values != mark) + row * (values == mark)
+
+
+_DALI = {S1.dtype: DALIDataType.FLOAT, S2.dtype: DALIDataType.UINT16}

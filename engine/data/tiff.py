@@ -109,6 +109,11 @@ def _read_any(descriptor: int, size: int, out: np.ndarray) -> None:
     with os.fdopen(os.dup(descriptor), "rb") as handle:
         handle.seek(0)
         data = handle.read()
+    decode_into(data, out)
+
+
+def decode_into(data: bytes, out: np.ndarray) -> None:
+    """As `read_into`, of a file that is already in memory; the errors do not name it."""
     layout = _parse(data, len(data))
     found, wanted = layout.dtype.newbyteorder("="), out.dtype.newbyteorder("=")
     if layout.shape != out.shape or found != wanted:
