@@ -51,6 +51,11 @@ def build_backbone(backbone: str, in_channels: int, pretrained: bool | str | Pat
                            "or download the file elsewhere and give model.pretrained its path") from error
 
 
+def has_fixed_size(backbone: str) -> bool:
+    """Whether it takes images of TILE pixels alone (many transformers)."""
+    return bool(_timm_config(backbone).fixed_input_size)
+
+
 def is_channels_last(backbone: nn.Module) -> bool:
     """Whether the features come as [N,h,w,D] (swin and its like)."""
     return str(getattr(getattr(backbone, "output_fmt", None), "value", "NCHW")) == "NHWC"
@@ -116,7 +121,7 @@ def input_channels(backbone: str, shapes: Mapping[str, Shape]) -> int:
 
 def _encoder_shapes(backbone: str) -> dict[str, Shape]:
     """Of the encoder with timm's own number of input channels; empty where it cannot be built without memory."""
-    options: dict[str, Any] = {"img_size": TILE} if _timm_config(backbone).fixed_input_size else {}
+    options: dict[str, Any] = {"img_size": TILE} if has_fixed_size(backbone) else {}
     try:
         with torch.device("meta"):
             model = timm.create_model(backbone, features_only=True, **options)

@@ -91,10 +91,10 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (upsample_conv3x3 if self.fused else upsample_conv3x3_reference)(x, self.weight)
+        return (upsample_conv3x3 if self.fused else upsample_conv3x3_reference)(x, self.weight, self.bias)
 
 
-def upsample_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Nearest ×2 upsampling of x [B,I,h,w], then a convolution with weight [O,I,3,3] and padding 1: [B,O,2h,2w].
 
     The same map in 16 instead of 36 multiplications per pixel of x, borders too: a fine pixel's nine taps fall on
@@ -104,12 +104,12 @@ def upsample_conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     padded = F.pad(weight.flip(2, 3), (1, 1, 1, 1))  # flipped: a transposed convolution runs its kernel backwards
     rows = padded[:, :, :-1] + padded[:, :, 1:]
     kernel = rows[..., :-1] + rows[..., 1:]
-    return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
+    return F.conv_transpose2d(x, kernel.transpose(0, 1), bias, stride=2, padding=1)
 
 
-def upsample_conv3x3_reference(x: Tensor, weight: Tensor) -> Tensor:
+def upsample_conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `upsample_conv3x3` equals."""
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
 class ScSE(nn.Module):

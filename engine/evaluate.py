@@ -32,22 +32,25 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 @torch.inference_mode()
-def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision: str) -> torch.Tensor:
-    """Predictions [B, 1, H, W] float32, t/ha, averaged over the flips `tta` (keys of FLIPS)."""
-    total = None
-    for name in tta:
-        flip = FLIPS[name]
-        images = batch.images.flip(flip) if flip else batch.images
+def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision: str,
+                  flips_at_once: int = 1) -> torch.Tensor:
+    """Predictions [B, 1, H, W] float32, t/ha, averaged over the flips `tta` (keys of FLIPS).
+
+    flips_at_once: how many flips share a forward pass, as one larger batch.
+    """
+    total = torch.zeros((), device=batch.images.device)
+    for first in range(0, len(tta), flips_at_once):
+        flips = [FLIPS[name] for name in tta[first:first + flips_at_once]]
+        images = torch.cat([batch.images.flip(flip) for flip in flips]) if flips != [()] else batch.images
         with autocast(images.device, precision):
-            out = forward(images, batch.dropped)
-        out = out.float().flip(flip) if flip else out.float()
-        total = out if total is None else total + out
-    assert total is not None
+            out = forward(images, batch.dropped.repeat(len(flips), 1))
+        for flip, view in zip(flips, out.float().chunk(len(flips))):
+            total = total + view.flip(flip)
     return total / len(tta)
 
 
 def evaluate(forward: Forward, loader: Loader, chips: Sequence[Chip], *, micro_batch: int, tta: Sequence[str],
-             precision: str, device: torch.device,
+             precision: str, device: torch.device, flips_at_once: int = 1,
              each: Callable[[Batch, torch.Tensor], None] | None = None) -> ChipTable:
     """Predict every chip once over all ranks; score those that have a label.
 
@@ -56,7 +59,7 @@ def evaluate(forward: Forward, loader: Loader, chips: Sequence[Chip], *, micro_b
     """
     table = ChipTable(len(chips), device)
     for batch in loader.batches(evaluation_requests(chips, micro_batch)):
-        prediction = predict_batch(forward, batch, tta, precision)
+        prediction = predict_batch(forward, batch, tta, precision, flips_at_once)
         labelled = torch.tensor([chip.label is not None for chip in batch.chips])
         table.update(batch.rows, prediction, batch.label, batch.valid, labelled)
         if each is not None:

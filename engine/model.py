@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from engine.backbones import build_backbone, is_channels_last
 from engine.decoder import Decoder
 from engine.errors import ConfigError, DataError
+from engine.inference import optimize_for_inference as optimize_for_inference
+from engine.normact import keep_one_array
 from kernels.month_attention import month_attention
 
 
@@ -85,6 +87,15 @@ class BiomassUNet(nn.Module):
         """L maps [B,D,h,w], finest first -> [B,1,H,W]."""
         return self.segmentation_head(self.decoder(pooled))
 
+    @property
+    def upsample_conv(self) -> bool:
+        """Whether the decoder convolves before it upsamples, where it can: the same map with less work."""
+        return self.decoder.upsample_conv
+
+    @upsample_conv.setter
+    def upsample_conv(self, fused: bool) -> None:
+        self.decoder.upsample_conv = fused
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that shape the model, for saving beside its weights."""
         return {"backbone": self.backbone, "decoder_channels": list(self.decoder_channels),
@@ -118,6 +129,10 @@ class Encoder(nn.Module):
     def __init__(self, backbone: str, in_channels: int, pretrained: bool | str | Path):
         super().__init__()
         self.model = build_backbone(backbone, in_channels, pretrained)
+        for module in self.model.modules():
+            if isinstance(module, nn.SiLU):  # in place, autograd first copies its input: slower, and no memory saved
+                module.inplace = False
+        keep_one_array(self.model)
         info: Any = self.model.feature_info
         strides, channels = info.reduction(), info.channels()
         self.levels = [i for i, stride in enumerate(strides) if strides[i + 1:i + 2] != [stride]]

@@ -19,13 +19,14 @@ import deepspeed
 import numpy as np
 import torch
 
-from engine import checkpoint, pictures, weights
+from engine import checkpoint, pictures, quarantine, weights
+from engine.compilation import checkpoint_regions, compile_regions
 from engine.config import Config, Phase
 from engine.data.index import Chip
 from engine.data.loader import Batch, Loader, Request
 from engine.data.plan import Sharding, draw, training_batches
-from engine.data.source import TiffSource, empty_stack
-from engine.errors import ConfigError, EngineError
+from engine.data.source import open_source
+from engine.errors import ConfigError, DataError, EngineError
 from engine.evaluate import evaluate
 from engine.losses import make_loss
 from engine.meter import Window
@@ -46,6 +47,7 @@ from engine.runfolder import claim
 from engine.runlog import RunLog
 from engine.scaling import LossScale, take_over
 from engine.selection import select_chips
+from kernels.month_attention import resolve
 
 
 class Stopped(EngineError):
@@ -75,13 +77,20 @@ class Trainer:
         self.config, self.device = config, device
         self.folder = config.run_folder
         self.train_chips, self.val_chips = select_chips(config)
-        self.source = TiffSource(config.data.nodata_months)
+        bad = self._leave_out_bad_chips() if config.data.bad_chips == "quarantine" else None
+        self.backend = config.data.backend
+        if self.backend == "auto":
+            self.backend = "gpu" if device.type == "cuda" else "cpu"
+        self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
+                                  cache_gb=config.data.cache_gb, backend=self.backend)
         self.loss = make_loss(config.loss.name, **config.loss.options)
         self.sharding = Sharding(config.train.micro_batch, config.train.accumulate, world(), rank())
         self.eval_batch = config.validate_.micro_batch or config.train.micro_batch
         self.stop = StopFlag()
         self.profile = profile or Profile(None, self.folder)
         claim(self.folder, config, restart)
+        if bad is not None:
+            quarantine.record(self.folder, bad)
 
     # The run -------------------------------------------------------------------------------------------------
 
@@ -195,6 +204,16 @@ class Trainer:
             optimizer.grad_scale = torch.tensor(scale, device=norm.device)
         return norm / scale
 
+    def _leave_out_bad_chips(self) -> dict[str, str]:
+        data, chips = self.config.data, {chip.id: chip for chip in self.train_chips + self.val_chips}
+        bad = quarantine.find(data.path, list(chips.values()), data.nodata_months, data.readers)
+        self.train_chips, self.val_chips = ([chip for chip in some if chip.id not in bad]
+                                            for some in (self.train_chips, self.val_chips))
+        if not self.train_chips or not self.val_chips:
+            raise DataError(f"{data.path}: {len(bad)} of {len(chips)} chips are bad, and none is left to train or to "
+                            f"validate on; the first: {next(iter(bad.values()))}")
+        return bad
+
     # Parts ---------------------------------------------------------------------------------------------------
 
     def _initial_model(self) -> BiomassUNet:
@@ -208,28 +227,38 @@ class Trainer:
         if start is not None:
             model = weights.load_model(start)
             _same_architecture(model, config, start)
-            return model
-        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels,
-                            pretrained=config.model.pretrained)
-        assert model.segmentation_head.bias is not None
-        torch.nn.init.constant_(model.segmentation_head.bias, config.model.initial_biomass)
+        else:
+            model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels,
+                                pretrained=config.model.pretrained)
+            assert model.segmentation_head.bias is not None
+            torch.nn.init.constant_(model.segmentation_head.bias, config.model.initial_biomass)
+        model.skip_dropped_months = config.model.skip_dropped_months
+        try:
+            implementation = resolve(config.model.attention, self.device)
+        except RuntimeError as error:
+            raise ConfigError(f"model.attention: {error}") from None
+        for level in model.attn:
+            level.implementation = implementation
+        self._say(f"month attention: {implementation}")
         return model
 
     def _engine(self, model: BiomassUNet) -> Any:
         model.to(self.device)
+        train = self.config.train
+        if train.compile:
+            self._say(f"train.compile: {compile_regions(model, train.zero_stage)}")
+        if train.checkpoint_activations:
+            self._say(f"train.checkpoint_activations: {checkpoint_regions(model)}")
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, self.config.optimizer),
                                           config=deepspeed_config(self.config, world()),
                                           dist_init_required=False)
-        if self.config.train.precision == "fp16":
+        if train.precision == "fp16":
             take_over(engine)
-        if self.config.train.compile:
-            engine.compile(backend="inductor")
         return engine
 
     def _loader(self, batch_size: int, warp: bool) -> Loader:
         data = self.config.data
-        backend = data.backend if data.backend != "auto" else ("gpu" if self.device.type == "cuda" else "cpu")
-        return Loader(self.source, batch_size=batch_size, device=self.device, backend=backend, warp=warp,
+        return Loader(self.source, batch_size=batch_size, device=self.device, backend=self.backend, warp=warp,
                       precision=self.config.train.precision, readers=data.readers, threads=data.threads,
                       prefetch=data.prefetch)
 
@@ -250,9 +279,10 @@ class Trainer:
         state, config = self.state, self.config
         shown = Shown(min(config.log.chips, len(self.val_chips)), self.device)
         self.engine.eval()
-        table = evaluate(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
-                         tta=config.validate_.tta, precision=config.train.precision, device=self.device,
-                         each=shown.add)
+        with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
+            table = evaluate(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
+                             tta=config.validate_.tta, precision=config.train.precision, device=self.device,
+                             each=shown.add)
         metrics = table.metrics()
         # Chips that were trained on do not choose weights
         judged = phase.train_on == "fold" or config.data.overfit
@@ -273,7 +303,7 @@ class Trainer:
         if rank() != 0:
             return
         for chip, prediction in zip(self.val_chips, predictions):
-            stack = self.source.read(chip, np.ones(12, bool), empty_stack())
+            stack = self.source.stack(chip)
             figure = pictures.chip_figure(chip.id, stack, prediction, stack.label[..., 0])
             self.log.picture(f"chips/{chip.id}", self.state.step, pictures.pixels(figure))
 

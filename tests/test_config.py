@@ -58,7 +58,6 @@ def test_extends_and_overrides(tmp_path: Path) -> None:
     ("data: {path: x, split: {fold: 10}}", "fold 10 does not exist in 10 folds: give 0..9"),
     ("data: {path: x, split: {path: y}}", "path belongs to scheme 'file'"),
     ("data: {path: x}\nphases: [{epochs: 1}, {epochs: 2}]", "names must differ"),
-    ("data: {path: x}\ntrain: {compile: true, zero_stage: 3}", "train.compile: ZeRO-3"),
     ("[1, 2]", "a recipe is a mapping"), ("a: [", "not a YAML file"),
 ])
 def test_bad_recipes_name_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:
