@@ -15,6 +15,7 @@ DALI = {
     "cuda120": "nvidia-dali-cuda120>=1.50,<3",
     "cuda110": "nvidia-dali-cuda110>=1.34,<1.51",
 }
+BENCH = ["opencv-python-headless>=4.10"]
 DOWNLOAD = ["botocore>=1.36", "urllib3>=1.26"]
 chosen = "cuda" + os.environ.get("DALI_CUDA", "130")
 
@@ -48,7 +49,8 @@ setup(
         "download": DOWNLOAD,  # launch/prepare.py download
         # moto with flask is a real S3 server for the tests; moto[server] would add 24 packages for other services.
         "xarray": ["xarray"],
-        "dev": ["xarray", *DOWNLOAD, "moto[s3]>=5", "flask", "flask-cors",
+        "bench": BENCH,  # the loader that benchmarks/loader.py compares with
+        "dev": ["xarray", *BENCH, *DOWNLOAD, "moto[s3]>=5", "flask", "flask-cors",
                 "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
     },
 )
