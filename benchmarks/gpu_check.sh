@@ -67,7 +67,7 @@ stage gpu-tests 150 bash -c '"$0" benchmarks/harness.py environment --device gpu
   exec "$0" -m pytest -q -p no:cacheprovider -m gpu tests' "$python"
 stage attention 60 "$python" benchmarks/attention.py --device gpu --out "$results/attention.jsonl"
 stage loader 80 "$python" benchmarks/loader.py --device gpu --data "$work/data" --packed "$work/store" --n 3 \
-  --out "$results/loader.jsonl"
+  --modes "full augmentation" "without augmentation" --out "$results/loader.jsonl"
 stage model 170 "$python" benchmarks/model.py --device gpu --n 5 --out "$results/model.jsonl"
 train bf16 100 $real --set train.micro_batch=8 --set "phases=[{epochs: 3}]" --set train.compile=true --profile steps=8:10
 stage predict 60 "$python" launch/predict.py --weights "$work/runs/bf16" --data "$work/data" --out "$work/out" \

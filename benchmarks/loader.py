@@ -38,6 +38,7 @@ from engine.errors import ConfigError, DataError
 
 MODES: dict[str, Augment | None] = {"full augmentation": Augment(), "without rotation": Augment(rotate=0.0),
                                     "without augmentation": None}
+DISTINCT = 64  # chips of a made sample, at most
 TARGET = 110.0  # chips/s: the recipe's 9.6 million chips in a day (DESIGN §3)
 
 
@@ -46,7 +47,9 @@ def arguments() -> argparse.ArgumentParser:
     common_options(parser, n=5)
     parser.add_argument("--data", type=Path, help="a TIFF tree (default: a made sample)")
     parser.add_argument("--packed", type=Path, help="the tree of --data packed (default: packed for the occasion)")
-    parser.add_argument("--chips", type=int, default=64, help="chips a repeat (default: 64); fewer are repeated")
+    parser.add_argument("--chips", type=int,
+                        help=f"chips a repeat (default: {DISTINCT}, or 2 batches a core if that is more); where the "
+                             "data has fewer, they are repeated")
     parser.add_argument("--batch", type=int, default=8, help="chips a batch (default: 8)")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of cores (default: all)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -64,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.smoke:
         args.chips, args.batch, args.n = 2, 1, 1
     counts = args.threads or [len(cores)]
+    args.chips = args.chips or max(-(-DISTINCT // args.batch), 2 * max(counts)) * args.batch
     if max(counts) > len(cores) or min(counts) < 1 or args.chips % args.batch or args.chips < args.batch:
         raise ConfigError(f"--threads {counts} --chips {args.chips} --batch {args.batch}: this machine has "
                           f"{len(cores)} cores, and chips must fill whole batches")
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def data(tree: Path | None, packed: Path | None, count: int, folder: Path) -> tuple[list[Chip], list[Chip]]:
     """`count` chips as TIFFs and the same ones packed; what is not given is made in `folder`."""
     if tree is None:
-        make_sample(folder / "sample", count, seed=1)
+        make_sample(folder / "sample", min(count, DISTINCT), seed=1)
         tree = folder / "sample"
     if is_store(tree):
         raise DataError(f"{tree}: is a packed store; --data takes the TIFF tree, --packed the store")

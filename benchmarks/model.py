@@ -136,8 +136,6 @@ def training(recorder: Recorder, models: Models, setup: Setup, flop: Flop, args:
         variants.append(Variant(rung, _on_batches(step, batch), resident=_resident(model, training=True),
                                 work={"chips": setup.batch, "flop": 3 * flop.chips(setup.batch, kept)}))
     recorder.group("training step", variants, n=args.n, warmup=warmup)
-    for model in models.values():
-        model.zero_grad(set_to_none=True)
 
 
 def _on_batches(step: Callable[[Batch], None], batch: Callable[[int], Batch]) -> Callable[[int], None]:
@@ -226,10 +224,11 @@ def _whole(model: BiomassUNet, batch: Batch, setup: Setup, backward: bool) -> Ca
     images = batch.plain_images if isinstance(model, PlainUNet) else batch.images
 
     def run(_: int) -> None:
-        model.train().zero_grad(set_to_none=True)
+        model.train()
         with autocast(setup.device, setup.precision):
             total = model(images, batch.dropped).sum()
         total.backward()
+        model.zero_grad(set_to_none=True)
 
     return run
 

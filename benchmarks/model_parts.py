@@ -73,12 +73,12 @@ def train_step(model: BiomassUNet, optimizer: torch.optim.Optimizer, setup: Setu
     plain = isinstance(model, PlainUNet)
 
     def step(batch: Batch) -> None:
-        optimizer.zero_grad(set_to_none=True)
         with autocast(setup.device, setup.precision):
             prediction = model(batch.plain_images if plain else batch.images, batch.dropped)
         loss_of(prediction, batch.label).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # at the end: gradients then count in the repeat's own peak memory
 
     return step
 
@@ -141,13 +141,13 @@ def _stage(call: Callable[[], list[Tensor]], model: BiomassUNet, setup: Setup,
     grads: list[Tensor] = []
 
     def run(_: int) -> None:
-        model.zero_grad(set_to_none=True)
         with torch.inference_mode(not backward), autocast(setup.device, setup.precision):
             outputs = call()
         if backward:
             if not grads:
                 grads.extend(torch.randn_like(output) for output in outputs)
             torch.autograd.backward(outputs, grads)
+            model.zero_grad(set_to_none=True)
 
     return run
 
