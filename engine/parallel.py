@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 from typing import Any
 
@@ -47,7 +46,6 @@ def resolve_device(wanted: str) -> torch.device:
 def join(device: torch.device) -> None:
     """Join the process group that the launcher describes; alone where there is no launcher."""
     if device.type == "cpu":
-        keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -63,20 +61,6 @@ def join(device: torch.device) -> None:
         os.environ.setdefault(key, value)
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep what the process frees, for all that it allocates later.  False where there is no glibc.
-
-    By default arrays above 32 MiB are mapped and unmapped each time, and every page of them faults anew in every
-    step: of a training step on a CPU a tenth to a quarter of the time.  The process keeps its largest size instead.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return False
-    return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
 
 
 def leave() -> None:

@@ -35,7 +35,7 @@ def arguments() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
     from engine.evaluate import FLIPS
-    from engine.parallel import join, keep_freed_memory, leave, rank, resolve_device
+    from engine.parallel import join, leave, rank, resolve_device
     from engine.predictor import choose_chips, predict
 
     tta = args.tta.split(",")
@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--tta {args.tta} --batch {args.batch}: tta names each of {', '.join(FLIPS)} at most once, "
                           f"and a batch has at least one chip")
     device = resolve_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         join(device)
     try:

@@ -4,9 +4,6 @@ blocks, the copy for inference, flips in one batch; and a run on two ranks with 
 from __future__ import annotations
 
 import copy
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from engine.inference import fold_batchnorm
 from engine.model import BiomassUNet, optimize_for_inference
 from engine.normact import BatchNormSiLU, keep_one_array
 from engine.tensors import read_tensors
-from tests.conftest import Command, environment
+from tests.conftest import Command
 from tests.test_training import history, recipe, succeed
 from tests.winner import FIXTURE, images, needs_fixture
 
@@ -305,25 +302,6 @@ def test_flips_in_one_batch() -> None:
     torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(predict_batch(forward, batch, ("id",), "fp32"), one, atol=1e-3)
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is tuned")
-def test_freed_memory_is_kept_and_does_not_fault_again() -> None:
-    """In a process of its own: the setting is for the whole process."""
-    code = """if 1:
-        import resource, sys, torch
-        from engine.parallel import keep_freed_memory
-        if sys.argv[1] == "kept":
-            assert keep_freed_memory()
-        for _ in range(4):  # the last, when the heap has found its size
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(64 << 20, dtype=torch.uint8)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    faults = [int(subprocess.run([sys.executable, "-c", code, mode], env=environment(), text=True, check=True,
-                                 stdout=subprocess.PIPE).stdout) for mode in ("plain", "kept")]
-    assert faults[0] > 10_000 and faults[1] < 1000  # 64 MiB are 16,384 pages
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
