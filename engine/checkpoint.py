@@ -8,13 +8,12 @@ share are the safetensors beside them (`engine.weights`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
-from engine.files import fsync_folder
+from engine.files import fsync
 from engine.parallel import barrier, rank
 
 STATE = "state.json"
@@ -35,12 +34,12 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int)
         (part / STATE).write_text(json.dumps(state))
         for path in part.rglob("*"):
             if path.is_file():
-                _fsync(path)
-        fsync_folder(part)
+                fsync(path)
+        fsync(part)
         if final.exists():  # the same step once more: after a resume that made no step
             shutil.rmtree(final)
         part.rename(final)
-        fsync_folder(folder)
+        fsync(folder)
         for old in steps(folder)[:-keep]:
             shutil.rmtree(old)
     barrier()
@@ -67,11 +66,3 @@ def load(engine: Any, path: Path) -> None:
                           f"one") from error
     if loaded is None:
         raise EngineError(f"{path}: not a checkpoint; delete it to resume from an earlier one")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine.data import store
-from engine.data.bands import FEATURE_NAME, LABEL_NAME, MONTHS, SENSORS, T, feature_name, label_name
+from engine.data.bands import FEATURE_NAME, LABEL_NAME, MONTHS, SENSORS, T, feature_name
 from engine.data.checksum import cksum_file
 from engine.errors import DataError
 
@@ -277,7 +277,3 @@ def months_table(rows: Iterable[dict[str, str]]) -> dict[str, np.ndarray]:
         sensor = [s.name for s in SENSORS].index(match["sensor"])
         table.setdefault(match["chip"], np.zeros((len(SENSORS), T), bool))[sensor, int(match["month"])] = True
     return table
-
-
-def expected_label(chip: Chip) -> Path:
-    return chip.folder.parent / "train_agbm" / label_name(chip.id)
