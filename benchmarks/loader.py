@@ -29,9 +29,10 @@ from engine.config import Augment
 from engine.data import store
 from engine.data.bands import SENSORS, T
 from engine.data.index import Chip, is_store, open_index
-from engine.data.loader import Loader, Request
+from engine.data.loader import Loader
 from engine.data.pack import pack
 from engine.data.plan import IDENTITY, draw
+from engine.data.request import Request
 from engine.data.sample import make_sample
 from engine.data.source import open_source, present_months
 from engine.errors import ConfigError, DataError

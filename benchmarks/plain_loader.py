@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.data.bands import S1, S1_NODATA, S2, TILE, C, T
 from engine.data.index import Chip
-from engine.data.loader import Request
+from engine.data.request import Request
 from engine.data.source import turn_of
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images [T, C, H, W] float32, dropped [T], label [H, W]

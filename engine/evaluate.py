@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from engine.data.index import Chip
-from engine.data.loader import DTYPES, Batch, Loader, Request
+from engine.data.loader import DTYPES, Batch, Loader
 from engine.data.plan import Sharding, evaluation_batches
+from engine.data.request import Request
 from engine.metrics import ChipTable
 from engine.parallel import rank, world
 

@@ -23,8 +23,9 @@ from engine import checkpoint, pictures, quarantine, weights
 from engine.compilation import checkpoint_regions, compile_regions
 from engine.config import Config, Phase
 from engine.data.index import Chip
-from engine.data.loader import Batch, Loader, Request
+from engine.data.loader import Batch, Loader
 from engine.data.plan import Sharding, draw, training_batches
+from engine.data.request import Request
 from engine.data.source import open_source
 from engine.errors import ConfigError, DataError, EngineError
 from engine.evaluate import evaluate

@@ -24,9 +24,9 @@ import render
 from plain_model import PlainUNet
 
 from engine.data.index import open_index
-from engine.data.loader import Request
 from engine.data.plan import IDENTITY, Draw, dihedral, rotation
 from engine.data.reference import transform
+from engine.data.request import Request
 from engine.data.source import open_source
 from engine.model import BiomassUNet
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import native
 from kernels.month_attention import cpu, month_attention, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ NAMES = ("pooled", "x", "w1", "b1", "ln_weight", "ln_bias", "w2", "b2")
 # cases moves a tensor by 1e-2 and more; half precision is compared on inputs already rounded to it.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
-needs_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler on this machine")
 
 
 class Case(NamedTuple):

@@ -22,10 +22,11 @@ from engine.data import open_chip, pipeline, reference, store
 from engine.data import pack as packing
 from engine.data.bands import S1, S1_NODATA, S2, SENSORS, TILE, C, T
 from engine.data.index import Chip, open_index
-from engine.data.loader import Batch, Loader, Request
+from engine.data.loader import Batch, Loader
 from engine.data.pack import pack, verify_store
 from engine.data.packed import Blocks, PackedSource
 from engine.data.plan import IDENTITY, Draw, dihedral, draw
+from engine.data.request import Request
 from engine.data.source import TiffSource, open_source, turn_of
 from engine.errors import DataError
 from engine.selection import mean_biomass
@@ -167,13 +168,15 @@ def test_the_cache_changes_nothing_and_reads_once(stores: dict[bool, Path], tree
         chips = open_index(copy).split("train")[:2]
         size = sum(path.stat().st_size for path in copy.rglob(f"{chips[0].id}*"))
         source = open_source(chips, cache_gb=1.0001 * size / 1e9)  # room for the first
-        first = [source.read(chip, IDENTITY.keep, source.buffer()).arrays() for chip in chips]
-        assert all(map(np.array_equal, first[0], source.read(chips[0], IDENTITY.keep, source.buffer()).arrays()))
+        loader = Loader(source, batch_size=1, device=torch.device("cpu"), backend="cpu", precision="fp32", warp=False)
+        first, _ = loader.batches([[Request(chip)] for chip in chips])
+        [again] = loader.batches([[Request(chips[0])]])
+        assert torch.equal(again.images, first.images)
         shutil.rmtree(copy)
-        again = source.read(chips[0], IDENTITY.keep, source.buffer())
-        assert all(map(np.array_equal, first[0], again.arrays()))
+        [again] = loader.batches([[Request(chips[0])]])
+        assert torch.equal(again.images, first.images)
         with pytest.raises(DataError, match="is missing"):
-            source.read(chips[1], IDENTITY.keep, source.buffer())
+            list(loader.batches([[Request(chips[1])]]))
 
 
 # The GPU's graph, as far as a CPU can follow it ------------------------------------------------------------------
@@ -217,11 +220,12 @@ def test_blocks_hold_the_chip_as_the_gpu_will_see_it(stores: dict[bool, Path], l
         pipe.set_outputs(*pipeline.assemble(source.form, list(inputs)))
     pipe.build()
     *images, label = [np.asarray(output.as_array())[0] for output in pipe.run()]
-    want = PackedSource(chip.packed, "mask")  # type: ignore[arg-type]
-    stack = want.read(chip, keep, want.buffer())
-    np.testing.assert_array_equal(np.concatenate(images, axis=-1), np.concatenate(stack.arrays()[:2], axis=-1)
-                                  if lossless else stack.arrays()[0])
-    np.testing.assert_array_equal(label, stack.label)  # type: ignore[union-attr]
+    stack = PackedSource(chip.packed, "mask").stack(chip)  # type: ignore[arg-type]
+    s1, s2 = np.split(np.concatenate(images, axis=-1), [len(S1.bands)], axis=-1)
+    filled = np.where(stack.s1[:4] == S1_NODATA, S1.low, stack.s1[:4])
+    np.testing.assert_array_equal(s1, filled if lossless else store.s1_codes(filled))
+    np.testing.assert_array_equal(s2, stack.s2[:4])
+    np.testing.assert_array_equal(label, stack.label)
 
 
 # Faults --------------------------------------------------------------------------------------------------------

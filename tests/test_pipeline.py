@@ -13,8 +13,9 @@ from engine.config import Augment
 from engine.data import reference
 from engine.data.bands import S1, S1_NODATA, S2, TILE, T
 from engine.data.index import Chip, open_index
-from engine.data.loader import Batch, Loader, Request
+from engine.data.loader import Batch, Loader
 from engine.data.plan import IDENTITY, Draw, draw
+from engine.data.request import Request
 from engine.data.source import Stack, TiffSource, empty_stack
 from engine.errors import DataError, DeviceError
 

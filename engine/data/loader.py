@@ -1,4 +1,5 @@
-"""From requests to batches on the device: read ahead (threads) → DALI pipeline → torch, zero-copy.
+"""From requests to batches on the device: chips are read ahead on threads, and a DALI pipeline makes batches of them
+(`Piped`); packed chips on a CPU become a batch directly (`engine.data.direct`).
 
 The trainer and the evaluator ask for batches the same way; only the requests differ.
 """
@@ -15,21 +16,14 @@ import torch
 
 from engine.data import pipeline
 from engine.data.bands import T
+from engine.data.direct import Direct
 from engine.data.index import Chip
-from engine.data.plan import IDENTITY, Draw
+from engine.data.packed import DIRECT, PackedSource
+from engine.data.request import Produced, Producer, Request
 from engine.data.source import UPRIGHT, Fed, Job, ReadAhead, Source, Turn, turn_of
 from engine.errors import DeviceError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Request(NamedTuple):
-    """One chip of a batch, and what to do to it.  `row` travels along: the chip's place in a table of results."""
-
-    chip: Chip
-    draw: Draw = IDENTITY
-    row: int = 0
-    valid: bool = True
 
 
 class Batch(NamedTuple):
@@ -47,9 +41,9 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """A DALI pipeline for batches of one size, kept over epochs.
+    """Makes batches of one size, kept over epochs.
 
-    `device`: where the batches are wanted; `backend` "cpu" or "gpu": where DALI works.  `wait` counts the seconds
+    `device`: where the batches are wanted; `backend` "cpu" or "gpu": where they are made.  `wait` counts the seconds
     that the consumer stood waiting.  Raises DeviceError where `backend` "gpu" has no GPU.
     """
 
@@ -59,17 +53,15 @@ class Loader:
             raise DeviceError("data.backend gpu: this machine has no CUDA device; set data.backend: cpu "
                               "(and train.device: cpu)")
         self.wait = 0.0
-        self._source, self._batch_size, self._device = source, batch_size, device
-        self._readers, self._prefetch = readers, prefetch
-        self._dtype = DTYPES[precision]
-        self._warp, self._gpu = warp, backend == "gpu"
-        self._ready: Iterator[list[Fed]] = iter(())
-        self._fed: deque[tuple[list[Request], list[int]]] = deque()
-        self._asked: deque[list[Request]] = deque()
-        self._pipe = pipeline.build(
-            self._feed, form=source.form, batch_size=batch_size, threads=threads, prefetch=prefetch, warp=warp,
-            device_id=(device.index or 0) if self._gpu else None,
-            half=self._gpu and precision != "fp32")  # DALI's CPU operators take 30 ms a chip to write float16
+        self._device, self._dtype = device, DTYPES[precision]
+        self._producer: Producer
+        if source.form == DIRECT:
+            assert isinstance(source, PackedSource)
+            self._producer = Direct(source, batch_size, threads=readers, ahead=prefetch, warp=warp,
+                                    pinned=device.type == "cuda")
+        else:
+            self._producer = Piped(source, batch_size, device=device, gpu=backend == "gpu", half=precision != "fp32",
+                                   warp=warp, readers=readers, threads=threads, prefetch=prefetch)
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Batch]:
         """Yield one batch for each list of `batch_size` requests, in order.
@@ -77,20 +69,62 @@ class Loader:
         Raises DataError from the reading of a chip.  Read to the end or drop the loader: batches prepared ahead
         of an abandoned iteration would come first in the next.
         """
+        produced = self._producer.batches(requests)
+        while True:
+            start = time.perf_counter()
+            made = next(produced, None)
+            if made is None:
+                return
+            batch = self._batch(made)
+            del made  # its memory is used again when the consumer has dropped the batch
+            self.wait += time.perf_counter() - start
+            yield batch
+            del batch
+
+    def _batch(self, made: Produced) -> Batch:
+        dropped = np.arange(T) >= np.array(made.kept)[:, None]
+        return Batch(
+            images=made.images.to(self._device, self._dtype, non_blocking=True).permute(0, 1, 4, 2, 3),
+            dropped=torch.from_numpy(dropped),
+            label=made.label.to(self._device, non_blocking=True),
+            rows=self._put(torch.tensor([request.row for request in made.requests])),
+            valid=self._put(torch.tensor([request.valid for request in made.requests])),
+            chips=[request.chip for request in made.requests],
+        )
+
+    def _put(self, small: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            small = small.pin_memory()  # or the copy would wait for the device
+        return small.to(self._device, non_blocking=True)
+
+
+class Piped:
+    """Produces batches by DALI.  `gpu`: on `device`, there as float16 if `half`; else on the CPU."""
+
+    def __init__(self, source: Source, batch_size: int, *, device: torch.device, gpu: bool, half: bool, warp: bool,
+                 readers: int, threads: int, prefetch: int):
+        self._source, self._device, self._gpu, self._warp = source, device, gpu, warp
+        self._readers, self._prefetch = readers, prefetch
+        self._ready: Iterator[list[Fed]] = iter(())
+        self._fed: deque[tuple[list[Request], list[int]]] = deque()
+        self._asked: deque[list[Request]] = deque()
+        self._pipe = pipeline.build(
+            self._feed, form=source.form, batch_size=batch_size, threads=threads, prefetch=prefetch, warp=warp,
+            device_id=(device.index or 0) if gpu else None,
+            half=gpu and half)  # DALI's CPU operators take 30 ms a chip to write float16
+
+    def batches(self, requests: Iterable[list[Request]]) -> Iterator[Produced]:
         ahead = ReadAhead(self._source, self._tell(requests), self._readers, depth=self._prefetch + 1,
                           hold=self._prefetch + 2)
         self._ready = iter(ahead)
         try:
             while True:
-                start = time.perf_counter()
                 try:
-                    images, labels = self._run()
+                    images, label = self._run()
                 except StopIteration:
                     self._pipe.reset()
                     return
-                batch = self._batch(images, labels)
-                self.wait += time.perf_counter() - start
-                yield batch
+                yield Produced(*self._fed.popleft(), images, label)
         finally:
             ahead.close()
 
@@ -119,22 +153,5 @@ class Loader:
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         outputs = self._pipe.run(cuda_stream=stream) if stream else self._pipe.run()
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images, labels
-
-    def _batch(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-        requests, kept = self._fed.popleft()
-        dropped = np.arange(T) >= np.array(kept)[:, None]
-        return Batch(
-            images=images.to(self._device, self._dtype, non_blocking=True).permute(0, 1, 4, 2, 3),
-            dropped=torch.from_numpy(dropped),
-            label=labels.to(self._device, non_blocking=True),
-            rows=self._put(torch.tensor([request.row for request in requests])),
-            valid=self._put(torch.tensor([request.valid for request in requests])),
-            chips=[request.chip for request in requests],
-        )
-
-    def _put(self, small: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda":
-            small = small.pin_memory()  # or the copy would wait for the device
-        return small.to(self._device, non_blocking=True)
+        images, label = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        return images, label

@@ -1,10 +1,8 @@
-"""The packed form as a source for the loader: kept months inflated on threads (CPU), or handed on compressed (GPU).
+"""The packed form as a source for the loader.
 
-On the CPU a chip comes in one of three shapes, none of which costs another pass over its values:
-- to be warped: four groups of at most 4 interleaved bands, which is what DALI's warp takes;
-- upright, flipped or turned: all 15 bands interleaved, ready to be scaled;
-- packed with --lossless: as from its TIFFs (Sentinel-1 is float32 then and cannot lie among integers).
-On the GPU it is the file's bytes and where each block lies in them.
+On the CPU its blocks are decoded by `engine.data.direct`; packed with --lossless it is read as from its TIFFs instead
+(Sentinel-1 is float32 then and cannot lie among integers).  On the GPU it is the file's bytes and where each block
+lies in them.
 """
 
 from __future__ import annotations
@@ -17,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.data import store
-from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, TILE, C, T
+from engine.data.bands import S1, S1_NODATA, S2, TILE, T
 from engine.data.index import Chip
 from engine.data.source import UPRIGHT, Cache, Stack, Turn, empty_stack, present_months
 from engine.errors import DataError
 
-GROUPS = ((0, 4), (4, 8), (8, 12), (12, 15))  # bands of each group, in the order of the model's channels
-_NOTHING = np.zeros((1, 1, 1, 1), np.uint16)
+DIRECT = "direct"  # the form that `engine.data.direct` takes, and no DALI pipeline
 
 # A block that is not stored is one of these, which follow the file's bytes on their way to the GPU: a plane of zeros,
 # and the byte-planes of −9999.0
@@ -32,19 +29,18 @@ _FILL = [store.lz4.block.compress(bytes([byte]) * store.PLANE, store_size=False)
 _FILL_OFFSETS = np.cumsum([0, *map(len, _FILL)])
 _FILL_BYTES = np.frombuffer(b"".join(_FILL), np.uint8)
 
+
 _THREAD = threading.local()
 
 
-class Codes(NamedTuple):
-    """A chip in integer codes.  `parts`: the four groups [K, H, W, 4 or 3], or all bands [K, H, W, 15] and three
-    empty parts; uint16, nodata replaced by what scales to 0."""
+class Stored(NamedTuple):
+    """Kept months and label of a chip, as they lie in its file."""
 
-    parts: tuple[np.ndarray, ...]
-    label: np.ndarray  # [H, W, 1] float32
-    months: np.ndarray  # [K]
-
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return *self.parts, self.label
+    data: np.ndarray  # [n] uint8: the label's blocks, then each month's, then as many bytes as were asked for
+    starts: np.ndarray  # [K] int64: where each month's begin
+    sizes: np.ndarray  # [K, planes] uint32: bytes of each block, 0 where none is stored
+    label_sizes: np.ndarray  # [LABEL_PLANES] uint32
+    months: np.ndarray  # [K] int64
 
 
 class Blocks(NamedTuple):
@@ -59,11 +55,6 @@ class Blocks(NamedTuple):
         return self.data, *self.tables
 
 
-class _Buffer(NamedTuple):
-    codes: np.ndarray  # [T × H × W × C] uint16
-    label: np.ndarray  # [H, W, 1] float32
-
-
 class PackedSource:
     """Chips of one store.  `packed` is any of its files: all are packed with the same settings.
 
@@ -76,27 +67,25 @@ class PackedSource:
         self.s1 = store.read_head(packed).s1
         self.nodata_months = nodata_months
         exact = self.s1 == store.EXACT
-        self.form = ("blocks_float" if exact else "blocks") if backend == "gpu" else ("stack" if exact else "codes")
+        self.form = ("blocks_float" if exact else "blocks") if backend == "gpu" else "stack" if exact else DIRECT
         self._heads: dict[str, store.Head] = {}
         self._checked: set[tuple[str, int]] = set()
         self._cache = Cache(cache_gb)
 
-    def buffer(self) -> Stack | _Buffer | list[np.ndarray]:
-        if self.form == "stack":
-            return empty_stack()
-        if self.form == "codes":
-            return _Buffer(np.empty(T * store.PLANE * C, np.uint16), np.empty((TILE, TILE, 1), AGBM_DTYPE))
-        return []  # filled by the first chip
+    def buffer(self) -> Stack | list[np.ndarray]:
+        return empty_stack() if self.form == "stack" else []  # filled by the first chip
 
-    def read(self, chip: Chip, keep: np.ndarray, into: object, turn: Turn | None = UPRIGHT) -> Codes | Stack | Blocks:
+    def read(self, chip: Chip, keep: np.ndarray, into: object, turn: Turn | None = UPRIGHT) -> Stack | Blocks:
+        if isinstance(into, Stack):
+            with _Open(self, chip) as file:
+                return file.stack(self._months(chip, keep, file.head), into, turn or UPRIGHT)
+        assert isinstance(into, list)
+        return _blocks(self.stored(chip, keep, into, extra=len(_FILL_BYTES)))
+
+    def stored(self, chip: Chip, keep: np.ndarray, into: list[np.ndarray], extra: int = 0) -> Stored:
+        """The months of `chip` where `keep` [T] bool; `into` is empty or what an earlier call left there."""
         with _Open(self, chip) as file:
-            months = self._months(chip, keep, file.head)
-            if isinstance(into, Stack):
-                return file.stack(months, into, turn or UPRIGHT)
-            if isinstance(into, _Buffer):
-                return file.codes(months, into, turn)
-            assert isinstance(into, list)
-            return file.blocks(months, into)
+            return file.stored(self._months(chip, keep, file.head), into, extra)
 
     def stack(self, chip: Chip) -> Stack:
         with _Open(self, chip) as file:
@@ -122,16 +111,20 @@ class _Open:
         assert chip.packed is not None
         self.source, self.chip, self.path = source, chip, chip.packed
         self._descriptor: int | None = None
-        self._cached: bytes | None = source._cache.get(chip.id)
+        self._cached: memoryview | None = source._cache.get(chip.id)
         head = source._heads.get(chip.id)
         if head is None:
             head = self._head()
             source._heads[chip.id] = head
         self.head = head
-        if self._cached is None and source._cache.wants(head.end - head.start):
-            sections = [self.section(number) for number in range(T + 1)]
-            self._cached = b"".join(sections)
-            source._cache.put(chip.id, self._cached, len(self._cached))
+        size = head.end - head.start
+        if self._cached is None and source._cache.wants(size):
+            whole = memoryview(bytearray(size))
+            for number in range(T + 1):
+                first, size = self._place(number)
+                self._read(number, whole[first:first + size])
+            self._cached = whole
+            source._cache.put(chip.id, whole, len(whole))
 
     def __enter__(self) -> _Open:
         return self
@@ -156,18 +149,41 @@ class _Open:
             raise DataError(f"{self.path}: holds other months than {store.MANIFEST} says; {store.REMEDY}")
         return head._replace(sources={})  # thousands of heads stay in memory
 
+    def _place(self, number: int) -> tuple[int, int]:
+        """(first byte, size) of a section, counted from the first block."""
+        first, size = self.head.section(number)
+        return first - self.head.start, size
+
     def section(self, number: int) -> memoryview:
         """The blocks of a section, checked if this is the first time."""
+        first, size = self._place(number)
         if self._cached is not None:
-            first, size = self.head.section(number)
-            first -= self.head.start
-            return memoryview(self._cached)[first:first + size]
+            return self._cached[first:first + size]
+        data = memoryview(bytearray(size))
+        self._read(number, data)
+        return data
+
+    def _read(self, number: int, out: memoryview) -> None:
         key = self.chip.id, number
         check = key not in self.source._checked
-        data = store.read_section(self.descriptor, self.head, number, self.path, check)
-        if check:
-            self.source._checked.add(key)
-        return memoryview(data)
+        store.read_into(self.descriptor, self.head, number, out, self.path, check)
+        self.source._checked.add(key)
+
+    def stored(self, months: list[int], into: list[np.ndarray], extra: int) -> Stored:
+        head, numbers = self.head, [0, *(1 + t for t in months)]
+        sizes = [self._place(number)[1] for number in numbers]
+        ends = np.cumsum(sizes)
+        whole = int(ends[-1]) + extra
+        if not into or into[0].size < whole:
+            into[:] = [np.empty(max(whole, head.end - head.start + extra), np.uint8)]
+        data = into[0][:whole]
+        view = memoryview(data)  # type: ignore[arg-type]  # numpy arrays are buffers from Python 3.12 on, to mypy
+        for number, size, end in zip(numbers, sizes, ends.tolist()):
+            if self._cached is not None:
+                view[end - size:end] = self.section(number)
+            else:
+                self._read(number, view[end - size:end])
+        return Stored(data, ends[:-1], head.sizes[months], head.label_sizes, np.array(months))
 
     def label(self, out: np.ndarray, turn: Turn = UPRIGHT) -> None:
         """Into [H, W] float32; zeros where the chip has none."""
@@ -177,83 +193,52 @@ class _Open:
         else:
             out.fill(0)
 
-    def month(self, t: int, s1: list[np.ndarray], s2: list[np.ndarray], turn: Turn, nodata: np.ndarray) -> None:
-        """Month t into a [H, W] array for each band, of integers or float32.  `nodata` [4]: what stands for it."""
+    def month(self, t: int, s1: np.ndarray, s2: np.ndarray, turn: Turn, nodata: float) -> None:
+        """Month t into [H, W, 4] of codes or float32, and [H, W, 11].  `nodata`: what stands for it in `s1`."""
         section, sizes = self.section(1 + t), self.head.sizes[t]
         planes, at = self.head.s1_planes, 0
-        for band, out in enumerate(s1 + s2):
-            count = planes if band < len(s1) else 2
-            first, at = at, at + count
+        bands = [s1[..., band] for band in range(len(S1.bands))] + [s2[..., band] for band in range(len(S2.bands))]
+        for band, out in enumerate(bands):
+            first, at = at, at + (planes if band < len(S1.bands) else S2.dtype.itemsize)
             block = int(sizes[first:at].sum())
             if block:
-                values = _inflate(section[:block], sizes[first:at], self.path)
+                _merge(_inflate(section[:block], sizes[first:at], self.path), turn, out)
                 section = section[block:]
-                _merge(values, turn, out)
-                if band < len(s1) and self.head.nodata[t, band] == 1 and out.dtype == np.uint16:
-                    np.copyto(out, out.dtype.type(nodata[band]), where=out == store.CODE_NODATA)
             else:
-                out.fill(nodata[band] if band < len(s1) else 0)
-
-    def codes(self, months: list[int], into: _Buffer, turn: Turn | None) -> Codes:
-        k = len(months)
-        flat = into.codes[:k * store.PLANE * C]
-        if turn is None:
-            groups, at = [], 0
-            for first, last in GROUPS:
-                size = k * store.PLANE * (last - first)
-                groups.append(flat[at:at + size].reshape(k, TILE, TILE, last - first))
-                at += size
-        else:
-            groups = [flat.reshape(k, TILE, TILE, C)]
-        for slot, t in enumerate(months):
-            bands = [group[slot, :, :, band] for group in groups for band in range(group.shape[3])]
-            self.month(t, bands[:len(S1.bands)], bands[len(S1.bands):], turn or UPRIGHT, store.CODE_LOW)
-        self.label(into.label[..., 0], turn or UPRIGHT)
-        parts = tuple(groups) if turn is None else (groups[0], *[_NOTHING] * (len(GROUPS) - 1))
-        return Codes(parts, into.label, np.array(months))
+                out.fill(nodata if band < len(S1.bands) else 0)
 
     def stack(self, months: list[int], into: Stack, turn: Turn) -> Stack:
         """As the TIFFs have it; to half a step where Sentinel-1 is stored in steps."""
         k = len(months)
-        steps = self.head.s1 == store.STEPS
-        s1 = np.empty(S1.shape, np.uint16) if steps else None
+        codes = np.empty(S1.shape, np.uint16) if self.head.s1 == store.STEPS else None
         for slot, t in enumerate(months):
-            target = into.s1[slot] if s1 is None else s1
-            nodata = np.full(len(S1.bands), S1_NODATA if s1 is None else store.CODE_NODATA)
-            self.month(t, [target[..., band] for band in range(len(S1.bands))],
-                       [into.s2[slot, ..., band] for band in range(len(S2.bands))], turn, nodata)
-            if s1 is not None:
-                into.s1[slot] = store.s1_db(s1)
+            if codes is None:
+                self.month(t, into.s1[slot], into.s2[slot], turn, S1_NODATA)
+            else:
+                self.month(t, codes, into.s2[slot], turn, store.CODE_NODATA)
+                into.s1[slot] = store.s1_db(codes)
         self.label(into.label[..., 0], turn)
         return Stack(into.s1[:k], into.s2[:k], into.label, np.array(months))
 
-    def blocks(self, months: list[int], into: list[np.ndarray]) -> Blocks:
-        """The sections of the label and of `months`, end to end, then the filling blocks; nothing is inflated."""
-        head, numbers = self.head, [0, *(1 + t for t in months)]
-        size = sum(head.section(number)[1] for number in numbers) + len(_FILL_BYTES)
-        if not into or into[0].size < size:
-            into[:] = [np.empty(max(size, head.end - head.start + len(_FILL_BYTES)), np.uint8)]
-        data = into[0][:size]
-        at, starts = 0, []
-        for number in numbers:
-            section = self.section(number)
-            data[at:at + len(section)] = np.frombuffer(section, np.uint8)
-            starts.append(at)
-            at += len(section)
-        data[at:] = _FILL_BYTES
-        planes, n = head.s1_planes, head.s1_planes * len(S1.bands)
-        sizes = head.sizes[months].astype(np.int64)  # [K, planes]
-        offsets = np.array(starts[1:])[:, None] + np.cumsum(sizes, axis=1) - sizes
-        fill = np.zeros(sizes.shape, np.int64)
-        if planes == AGBM_DTYPE.itemsize:
-            fill[:, :n] = 1 + np.arange(n) % planes
-        offsets, sizes = _filled(offsets, sizes, fill, at)
-        label_sizes = head.label_sizes.astype(np.int64)
-        label = _filled(np.cumsum(label_sizes) - label_sizes, label_sizes, np.zeros(store.LABEL_PLANES, np.int64), at)
-        cuts = ((0, n), (n, sizes.shape[1])) if planes == AGBM_DTYPE.itemsize else ((0, sizes.shape[1]),)
-        tables = [table[:, a:b] for a, b in cuts for table in (offsets, sizes)]
-        return Blocks(data, tuple(np.ascontiguousarray(x.reshape(-1), np.int32) for x in (*tables, *label)),
-                      np.array(months))
+
+def _blocks(stored: Stored) -> Blocks:
+    """Nothing is inflated; the filling blocks follow the chip's."""
+    at = stored.data.size - len(_FILL_BYTES)
+    stored.data[at:] = _FILL_BYTES
+    sizes = stored.sizes.astype(np.int64)
+    exact = sizes.shape[1] > store.s1_planes(store.STEPS) * len(S1.bands) + S2.dtype.itemsize * len(S2.bands)
+    n = store.s1_planes(store.EXACT if exact else store.STEPS) * len(S1.bands)
+    offsets = stored.starts[:, None] + np.cumsum(sizes, axis=1) - sizes
+    fill = np.zeros(sizes.shape, np.int64)
+    if exact:
+        fill[:, :n] = 1 + np.arange(n) % S1.dtype.itemsize
+    offsets, sizes = _filled(offsets, sizes, fill, at)
+    label_sizes = stored.label_sizes.astype(np.int64)
+    label = _filled(np.cumsum(label_sizes) - label_sizes, label_sizes, np.zeros(store.LABEL_PLANES, np.int64), at)
+    cuts = ((0, n), (n, sizes.shape[1])) if exact else ((0, sizes.shape[1]),)
+    tables = [table[:, a:b] for a, b in cuts for table in (offsets, sizes)]
+    return Blocks(stored.data, tuple(np.ascontiguousarray(x.reshape(-1), np.int32) for x in (*tables, *label)),
+                  stored.months)
 
 
 def _filled(offsets: np.ndarray, sizes: np.ndarray, fill: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:

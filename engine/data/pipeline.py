@@ -1,5 +1,7 @@
 """The DALI pipeline: stored arrays in, normalised and augmented stacks out.  One definition for CPU and GPU.
 
+(The packed form in steps of 0.01 dB comes through here on a GPU only: on a CPU `engine.data.direct` is faster.)
+
 Everything stays pixel-interleaved ([…, H, W, C]), as the files are and as channels_last convolutions want it.  Each
 frame is a kept month; the dropped ones are never read, inflated, warped or scaled, and appear only as the zeros that
 fill a chip up to T frames.
@@ -25,7 +27,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, TILE, C, T
-from engine.data.store import CODE_LOW, CODE_NODATA, CODE_STEP, PLANE
+from engine.data.store import CODE_NODATA, CODES_LOW, CODES_SPAN, PLANE
 
 _GROUPS = ((0, 4), (4, 8), (8, 12), (12, 15))  # of all bands
 _S2_GROUPS = ((0, 4), (4, 8), (8, 11))  # of Sentinel-2's alone
@@ -41,10 +43,6 @@ class Form(NamedTuple):
 FORMS = {
     # s1 float32 dB and s2 uint16 as in the TIFFs, label
     "stack": Form(("FHWC", "FHWC", "HWC")),
-    # four groups of bands in codes, or all bands and three dummies, label
-    "codes": Form(("FHWC",) * 4 + ("HWC",)),
-    # what is left of them where nothing is warped: all bands, label
-    "upright": Form(("FHWC", "HWC")),
     # bytes, then offsets and sizes of the blocks of: all bands, label
     "blocks": Form(("",) * 5, gpu_only=True),
     # the same, of: s1 in float32, s2, label
@@ -74,20 +72,10 @@ def define(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
            threads: int, prefetch: int, half: bool, warp: bool) -> Pipeline:
     """The pipeline before it is built, which a machine without a GPU can do for one."""
     gpu = device_id is not None
-    if form == "codes" and not warp:
-        form, feed = "upright", _ends(feed)
     if FORMS[form].gpu_only and not gpu:
         raise ValueError(f"form {form!r} is inflated on a GPU")
     return _graph(feed, form, gpu, warp, DALIDataType.FLOAT16 if half else DALIDataType.FLOAT,
                   batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
-
-
-def _ends(feed: Feed) -> Feed:
-    def first_and_last() -> tuple[list[np.ndarray], ...]:
-        arrays = feed()
-        return arrays[0], arrays[-1]
-
-    return first_and_last
 
 
 @pipeline_def(enable_conditionals=True)
@@ -103,31 +91,27 @@ def _graph(feed: Any, form: str, gpu: bool, warp: bool, dtype: DALIDataType) -> 
         stored = _inflate(form, stored[0].gpu(), stored[1:])
     elif gpu:
         stored = [array.gpu() for array in stored]
-    label = _augment(stored[-1], [stored[-1]], None, matrix, needed)
-    if form in ("codes", "upright"):
-        images = _scale(_augment(stored[0], stored[:4], None, matrix, needed), _CODES, dtype)
-    elif form == "blocks":
-        images = _scale(_augment(stored[0], stored[:1], _GROUPS, matrix, needed), _CODES, dtype)
+    label = _augment(stored[-1], None, matrix, needed)
+    if form == "blocks":
+        images = _scale(_augment(stored[0], _GROUPS, matrix, needed), _CODES, dtype)
     else:
-        s1 = _scale(_augment(stored[0], stored[:1], None, matrix, needed), _S1, dtype)
-        s2 = _scale(_augment(stored[1], stored[1:2], _S2_GROUPS, matrix, needed), _S2, dtype)
+        s1 = _scale(_augment(stored[0], None, matrix, needed), _S1, dtype)
+        s2 = _scale(_augment(stored[1], _S2_GROUPS, matrix, needed), _S2, dtype)
         images = fn.cat(s1, s2, axis=3)
     return images, fn.squeeze(label, axes=[2])
 
 
-def _augment(upright: Any, groups: list[Any], cuts: tuple[tuple[int, int], ...] | None, matrix: Any,
-             needed: Any) -> Any:
-    """Where `needed`, the warped `groups` side by side, or those that `cuts` make of the only one; else `upright`."""
+def _augment(frames: Any, cuts: tuple[tuple[int, int], ...] | None, matrix: Any, needed: Any) -> Any:
+    """`frames`, warped where `needed`: all bands at once, or the groups that `cuts` make of them side by side."""
     if needed:  # noqa: SIM108 (a statement, because DALI's conditionals rewrite only those)
-        result = _warp_groups(groups, cuts, matrix)
+        result = _warp(frames, cuts, matrix)
     else:
-        result = upright
+        result = frames
     return result
 
 
-def _warp_groups(groups: list[Any], cuts: tuple[tuple[int, int], ...] | None, matrix: Any) -> Any:
-    if cuts is not None:
-        groups = [fn.slice(groups[0], start=first, end=last, axes=[3]) for first, last in cuts]
+def _warp(frames: Any, cuts: tuple[tuple[int, int], ...] | None, matrix: Any) -> Any:
+    groups = [fn.slice(frames, start=first, end=last, axes=[3]) for first, last in cuts] if cuts else [frames]
     warped = [fn.experimental.warp_perspective(group, matrix=matrix, interp_type=DALIInterpType.INTERP_LINEAR,
                                                border_mode="reflect_101", pixel_origin="corner") for group in groups]
     return fn.cat(*warped, axis=3) if len(warped) > 1 else warped[0]
@@ -141,7 +125,7 @@ class _Range(NamedTuple):
 
 
 _S1, _S2 = _Range(S1.low, S1.high - S1.low), _Range(S2.low, S2.high - S2.low)
-_CODES = _Range(np.concatenate([CODE_LOW, _S2.low]), np.concatenate([_S1.span / CODE_STEP, _S2.span]))
+_CODES = _Range(CODES_LOW, CODES_SPAN)
 
 
 def _scale(frames: Any, bands: _Range, dtype: DALIDataType) -> Any:

@@ -37,6 +37,8 @@ REMEDY = "pack the chip again (`launch/prepare.py pack` with the file removed) o
 # Sentinel-1 in whole steps of 0.01 dB: code 0 is nodata, CODE_ZERO is 0 dB
 CODE_STEP, CODE_ZERO, CODE_NODATA = 0.01, 32768, 0
 CODE_LOW = np.rint(S1.low / CODE_STEP).astype(np.int64) + CODE_ZERO  # [4]: the codes of `S1.low`, exact
+CODES_LOW = np.concatenate([CODE_LOW, S2.low])  # [C]: of all bands as they lie in codes, what becomes 0 when scaled,
+CODES_SPAN = np.concatenate([(S1.high - S1.low) / CODE_STEP, S2.high - S2.low])  # and what is divided by then
 STEPS, EXACT = "0.01 dB", "float32"  # how Sentinel-1 is stored
 
 _LABEL_SECTION, _HEAD_CRC = 0, T + 1  # places in the table of checksums; 1..T are the months
@@ -299,18 +301,23 @@ def _table(data: bytes, start: int, entry: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(data, dtype, math.prod(shape), start + first).reshape(shape)
 
 
-def read_section(descriptor: int, head: Head, number: int, path: Path | str, check: bool) -> bytes:
+def read_section(descriptor: int, head: Head, number: int, path: Path | str, check: bool) -> memoryview:
     """The blocks of a section (0 the label, 1 + t month t); `check` compares them with their checksum."""
-    first, size = head.section(number)
+    data = memoryview(bytearray(head.section(number)[1]))
+    read_into(descriptor, head, number, data, path, check)
+    return data
+
+
+def read_into(descriptor: int, head: Head, number: int, out: memoryview, path: Path | str, check: bool) -> None:
+    """As `read_section`, into `out`, which has the section's size."""
     try:
-        data = os.pread(descriptor, size, first)
+        read = os.preadv(descriptor, [out], head.section(number)[0]) if len(out) else 0
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, then {REMEDY}") from None
-    if len(data) != size:
+    if read != len(out):
         raise DataError(f"{path}: is truncated; {REMEDY}")
     if check:
-        check_section(data, head, number, path)
-    return data
+        check_section(out, head, number, path)
 
 
 def check_section(data: bytes | memoryview, head: Head, number: int, path: Path | str) -> None:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from kernels.month_attention import ops
-from kernels.month_attention.cpu import find_compiler
 from kernels.month_attention.reference import month_attention_reference
+from kernels.native import find_compiler
 
 IMPLEMENTATIONS = ("auto", "triton", "compile", "reference")
 

@@ -1,7 +1,5 @@
-"""Builds cpu.cpp for this machine and calls it: the month attention's `compile` implementation.
+"""Calls cpu.cpp (built by kernels/native.py): the month attention's `compile` implementation.
 
-The library is compiled once (two seconds), with the C++ compiler named by $CXX or found as c++, g++ or clang++, and
-kept under $XDG_CACHE_HOME/biomass-kernels (default ~/.cache) by a hash of its source, the compiler and the processor.
 It uses OpenMP with as many threads as PyTorch. Features in half precision are computed in float32.
 """
 
@@ -9,21 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-    "-fopenmp", "-fPIC", "-shared",
-)  # fmt: skip
+from kernels import native
+
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "forward": [_POINTER] * 2 + [_LONG] * 4 + [_POINTER] * 5 + [ctypes.c_double] + [_POINTER] * 3 + [ctypes.c_int],
@@ -31,44 +20,10 @@ _ARGUMENTS = {
 }
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler's path, or None where there is none."""
-    named = os.environ.get("CXX")
-    found = (shutil.which(name) for name in ([named] if named else ["c++", "g++", "clang++"]))
-    return next((path for path in found if path), None)
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = set(cpuinfo.read_text().splitlines()) if cpuinfo.exists() else set()
-    told = sorted(line for line in lines if line.startswith(("flags", "Features", "model name")))
-    return "\n".join([platform.machine(), *told])
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled library, built if the cache has none; RuntimeError with the compiler's words where that fails."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise RuntimeError("month attention 'compile' needs a C++ compiler (c++, g++, clang++ or $CXX): none was found")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = "\0".join([_SOURCE.read_text(), *_FLAGS, compiler, version, _processor()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass-kernels"
-    target = folder / f"month_attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", beside]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
-            Path(beside).replace(target)  # several ranks may build at once: each puts a whole file in place
-        finally:
-            Path(beside).unlink(missing_ok=True)
-    loaded = ctypes.CDLL(str(target))
+    """The compiled library.  Raises RuntimeError as `kernels.native.load` does."""
+    loaded = native.load(Path(__file__).with_name("cpu.cpp"))
     for name, arguments in _ARGUMENTS.items():
         for scalar in ("float", "double"):
             function = getattr(loaded, f"{name}_{scalar}")

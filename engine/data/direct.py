@@ -1,0 +1,149 @@
+"""The packed form on the CPU: every thread decodes, warps and scales a chip straight into its place in the batch.
+
+DALI's CPU operators would carry each value through memory five times (merge, warp, join, scale, batch);
+kernels/packed_chip does it in one pass, so on a CPU this form does not go through DALI.  TIFFs do, and on a GPU all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import lz4.block
+import numpy as np
+import torch
+
+from engine.data.bands import AGBM_DTYPE, S2, TILE, C, T
+from engine.data.packed import PackedSource
+from engine.data.plan import IDENTITY
+from engine.data.request import Produced, Request
+from engine.data.store import CODES_LOW, CODES_SPAN, PLANE, REMEDY
+from engine.errors import DataError, DeviceError
+from kernels import packed_chip
+
+_FILL, _LOW, _SCALE = CODES_LOW.astype(np.uint16), CODES_LOW.astype(np.float32), (1 / CODES_SPAN).astype(np.float32)
+
+
+class Direct:
+    """Produces batches of `batch_size` chips on `threads` threads, `ahead` batches before the consumer asks.
+
+    Raises DeviceError where the kernel cannot be built.
+    """
+
+    def __init__(self, source: PackedSource, batch_size: int, *, threads: int, ahead: int, warp: bool, pinned: bool):
+        try:
+            packed_chip.images(), packed_chip.label(), _inflate()
+        except (RuntimeError, OSError, AttributeError) as error:
+            raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; install a C++ compiler, or set "
+                              f"data.path to the TIFFs") from None
+        self._source, self._batch_size, self._threads = source, batch_size, threads
+        self._ahead, self._warp, self._pinned = ahead, warp, pinned
+        self._slabs = _Slabs()
+
+    def batches(self, requests: Iterable[list[Request]]) -> Iterator[Produced]:
+        """Raises DataError from the reading of a chip."""
+        asked = iter(requests)
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        pending: deque[tuple[list[Request], list[Future[int]], torch.Tensor, torch.Tensor]] = deque()
+        try:
+            while True:
+                while len(pending) <= self._ahead and (batch := next(asked, None)) is not None:
+                    images, label = self._memory()
+                    pending.append((batch, [pool.submit(self._decode, request, images[b], label[b])
+                                            for b, request in enumerate(batch)], images, label))
+                if not pending:
+                    return
+                batch, futures, images, label = pending.popleft()
+                kept = [future.result() for future in futures]
+                del futures
+                made = Produced(batch, kept, images, label)
+                del images, label  # their memory is used again when the consumer has dropped them
+                yield made
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes = (self._batch_size, T, TILE, TILE, C), (self._batch_size, TILE, TILE)
+        if self._pinned:  # torch keeps such memory itself, and knows when a copy to the device has ended
+            images, label = (torch.empty(shape, pin_memory=True) for shape in shapes)
+        else:
+            images, label = map(self._slabs.tensor, shapes)
+        return images, label
+
+    def _decode(self, request: Request, images: torch.Tensor, label: torch.Tensor) -> int:
+        """How many months the chip keeps."""
+        scratch = _scratch()
+        draw = request.draw
+        stored = self._source.stored(request.chip, draw.keep, scratch.file)
+        matrix = np.ascontiguousarray(draw.matrix if self._warp else IDENTITY.matrix, np.float32)
+        base = stored.data.ctypes.data
+        blocks = (base + stored.starts).astype(np.uint64)
+        sizes = np.ascontiguousarray(stored.sizes, np.uint32)
+        bad = packed_chip.images()(
+            blocks.ctypes.data, sizes.ctypes.data, len(stored.months), T, C, TILE, _FILL.ctypes.data, _LOW.ctypes.data,
+            _SCALE.ctypes.data, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data, scratch.tile.ctypes.data,
+            images.data_ptr())
+        if stored.label_sizes.any():
+            label_sizes = np.ascontiguousarray(stored.label_sizes, np.uint32)
+            bad = max(bad, packed_chip.label()(
+                base, label_sizes.ctypes.data, TILE, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data,
+                scratch.tile.ctypes.data, label.data_ptr()))
+        else:
+            label.zero_()
+        if bad >= 0:
+            raise DataError(f"{request.chip.packed}: is damaged (a block does not inflate); {REMEDY}")
+        return len(stored.months)
+
+
+class _Slabs:
+    """Host memory for batches, used again when nobody holds a batch's tensors any more: fresh pages of this size cost
+    as much as filling them."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uninitialised float32."""
+        size = int(np.prod(shape))
+        free = self._free.setdefault(size, [])
+        slab = free.pop() if free else np.empty(size, np.float32)
+        lease = slab[:]  # an object of its own, which lives as long as the tensor's storage
+        weakref.finalize(lease, free.append, slab).atexit = False
+        return torch.from_numpy(lease).view(shape)
+
+
+class _Scratch(NamedTuple):
+    """A thread's own."""
+
+    file: list[np.ndarray]  # what is read of a file; grows
+    planes: np.ndarray
+    tile: np.ndarray
+
+
+_THREAD = threading.local()
+
+
+def _scratch() -> _Scratch:
+    if not hasattr(_THREAD, "scratch"):
+        _THREAD.scratch = _Scratch([], np.empty(C * S2.dtype.itemsize * PLANE, np.uint8),
+                                   np.empty(PLANE * packed_chip.LANES, np.uint16))
+    scratch: _Scratch = _THREAD.scratch
+    return scratch
+
+
+@functools.cache
+def _inflate() -> int:
+    """The address of LZ4_decompress_safe, in the library that the lz4 package brings or is linked to."""
+    library = ctypes.CDLL(lz4.block._block.__file__)
+    address = ctypes.cast(library.LZ4_decompress_safe, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+assert AGBM_DTYPE.itemsize <= C * S2.dtype.itemsize  # the label shares the scratch

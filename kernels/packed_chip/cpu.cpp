@@ -1,0 +1,186 @@
+// A chip of the packed form on a CPU, in one pass: LZ4 blocks → codes side by side → warp → scaled floats in the batch.
+//
+// A month's byte-planes are inflated into scratch that stays in the cache, merged to 16-bit codes and transposed, 16
+// pixels at a time, into a tile whose pixels are 16 codes: one vector each.  Every output pixel then is one such vector
+// (where it lies exactly on one: upright, flipped or turned tiles) or the bilinear mean of four, in codes, rounded as
+// an image operator of integers rounds; then scaled and written to its place.  The batch is written once, nothing else
+// of its size is touched, and all bands of a pixel share one set of coordinates.
+//
+// Legend: side × side pixels a tile, bands ≤ LANES.  A matrix [3, 3] maps output to input coordinates, in pixels with
+// the origin at the corner of the first; only its first two rows are read.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace {
+
+constexpr int LANES = 16;  // codes of a pixel in the tile, and pixels that are transposed at once
+constexpr int CHUNK = 64;  // pixels whose coordinates are computed together
+
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Codes __attribute__((vector_size(2 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+
+using Inflate = int (*)(const char* from, char* to, int size, int capacity);  // LZ4_decompress_safe
+
+template <typename V> V load(const void* from) { V v; std::memcpy(&v, from, sizeof v); return v; }
+
+// The first or second halves of two rows, value by value in turn
+template <int FIRST, size_t... I> Codes zip(Codes a, Codes b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, ((I % 2 ? LANES : 0) + FIRST + I / 2)...);
+}
+
+// [16 bands][16 pixels] → [16 pixels][16 bands]: each round moves one bit of the row's number into the column's
+void transpose(Codes (&v)[LANES]) {
+    constexpr auto all = std::make_index_sequence<LANES>();
+    for (int round = 0; round < 4; round++) {
+        Codes w[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            w[2 * i] = zip<0>(v[i], v[i + LANES / 2], all);
+            w[2 * i + 1] = zip<LANES / 2>(v[i], v[i + LANES / 2], all);
+        }
+        std::memcpy(v, w, sizeof w);
+    }
+}
+
+// Byte-planes from blocks that lie end to end.  A value of which no byte is stored is left out.  −1, or the bad block.
+int inflate_all(const uint8_t* blocks, const uint32_t* sizes, int planes, int each, int64_t pixels, Inflate inflate,
+                uint8_t* to) {
+    for (int first = 0; first < planes; first += each) {
+        uint32_t stored = 0;
+        for (int i = first; i < first + each; i++) stored |= sizes[i];
+        for (int i = first; stored && i < first + each; i++) {
+            char* plane = reinterpret_cast<char*>(to + i * pixels);
+            int size = static_cast<int>(sizes[i]);
+            if (inflate(reinterpret_cast<const char*>(blocks), plane, size, static_cast<int>(pixels)) != pixels)
+                return i;
+            blocks += size;
+        }
+    }
+    return -1;
+}
+
+// Planes [bands, 2, pixels] → tile [pixels, LANES]; code 0 and bands that are not stored become `fill`.
+void interleave(const uint8_t* planes, const uint32_t* sizes, const uint16_t* fill, int bands, int64_t pixels,
+                uint16_t* tile) {
+    for (int64_t p = 0; p < pixels; p += LANES) {
+        Codes v[LANES] = {};
+        for (int b = 0; b < bands; b++) {
+            Codes other = Codes{} + fill[b];
+            const uint8_t* low = planes + 2 * b * pixels + p;
+            if (sizes[2 * b] | sizes[2 * b + 1]) {
+                Codes code = __builtin_convertvector(load<Bytes>(low), Codes)
+                             | __builtin_convertvector(load<Bytes>(low + pixels), Codes) << 8;
+                v[b] = code == 0 ? other : code;
+            } else {
+                v[b] = other;
+            }
+        }
+        transpose(v);
+        std::memcpy(tile + p * LANES, v, sizeof v);
+    }
+}
+
+// Where the border is crossed the image is mirrored; the edge pixel itself is not repeated.
+int64_t mirror(int64_t i, int64_t side) {
+    while (i < 0 || i >= side) i = i < 0 ? -i : 2 * (side - 1) - i;
+    return i;
+}
+
+// Calls one(y, x, at) for output pixels that are the input's pixel `at`, and mean(y, x, at[4], weight[4]) for others.
+template <typename One, typename Mean> void sample(const float* matrix, int64_t side, One one, Mean mean) {
+    const double a = matrix[0], b = matrix[1], c = matrix[2], d = matrix[3], e = matrix[4], f = matrix[5];
+    for (int64_t y = 0; y < side; y++) {
+        for (int64_t start = 0; start < side; start += CHUNK) {
+            int32_t column[CHUNK], row[CHUNK];
+            float right[CHUNK], down[CHUNK];
+            for (int i = 0; i < CHUNK; i++) {
+                double ox = static_cast<double>(start + i) + 0.5, oy = static_cast<double>(y) + 0.5;
+                double sx = a * ox + b * oy + c - 0.5, sy = d * ox + e * oy + f - 0.5;
+                double fx = std::floor(sx), fy = std::floor(sy);
+                column[i] = static_cast<int32_t>(fx), row[i] = static_cast<int32_t>(fy);
+                right[i] = static_cast<float>(sx - fx), down[i] = static_cast<float>(sy - fy);
+            }
+            for (int64_t i = 0, x = start; i < CHUNK && x < side; i++, x++) {
+                int64_t x0 = column[i], y0 = row[i], x1 = x0 + 1, y1 = y0 + 1;
+                if (x0 < 0 || y0 < 0 || x1 >= side || y1 >= side) {
+                    x0 = mirror(x0, side), x1 = mirror(x1, side), y0 = mirror(y0, side), y1 = mirror(y1, side);
+                }
+                float r = right[i], l = 1 - r, lower = down[i], upper = 1 - lower;
+                if (r == 0 && lower == 0) {
+                    one(y * side + x, y0 * side + x0);
+                } else {
+                    const int64_t at[4] = {y0 * side + x0, y0 * side + x1, y1 * side + x0, y1 * side + x1};
+                    const float weight[4] = {upper * l, upper * r, lower * l, lower * r};
+                    mean(y * side + x, at, weight);
+                }
+            }
+        }
+    }
+}
+
+Floats floats(const uint16_t* tile, int64_t pixel) {
+    return __builtin_convertvector(__builtin_convertvector(load<Codes>(tile + pixel * LANES), Ints), Floats);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Kept months into out [slots, side, side, bands] float32: (code − low) · scale, zeros after the last month.
+// `blocks` [months] and `sizes` [months, bands, 2] are the stored blocks and their bytes; `planes` [bands, 2, pixels]
+// and `tile` [pixels, LANES] are scratch.  Returns −1, or (month, plane) of a bad block as one number.
+int64_t packed_images(const uint8_t* const* blocks, const uint32_t* sizes, int64_t months, int64_t slots, int64_t bands,
+                      int64_t side, const uint16_t* fill, const float* low, const float* scale, const float* matrix,
+                      Inflate inflate, uint8_t* planes, uint16_t* tile, float* out) {
+    const int64_t pixels = side * side;
+    Floats zero = {}, factor = {};
+    for (int64_t b = 0; b < bands; b++) zero[b] = low[b], factor[b] = scale[b];
+    for (int64_t m = 0; m < months; m++, out += pixels * bands) {
+        const uint32_t* size = sizes + m * 2 * bands;
+        int bad = inflate_all(blocks[m], size, static_cast<int>(2 * bands), 2, pixels, inflate, planes);
+        if (bad >= 0) return m * 2 * bands + bad;
+        interleave(planes, size, fill, static_cast<int>(bands), pixels, tile);
+        auto put = [&](int64_t pixel, Floats code) {
+            Floats v = (code - zero) * factor;
+            // A whole vector is quicker to store, and what it spills the next pixel overwrites; after the last there
+            // may lie another thread's chip.
+            if (pixel + 1 < pixels) std::memcpy(out + pixel * bands, &v, sizeof v);
+            else std::memcpy(out + pixel * bands, &v, bands * sizeof(float));
+        };
+        sample(matrix, side, [&](int64_t pixel, int64_t at) { put(pixel, floats(tile, at)); },
+               [&](int64_t pixel, const int64_t* at, const float* weight) {
+                   Floats mean = floats(tile, at[0]) * weight[0] + floats(tile, at[1]) * weight[1]
+                                 + floats(tile, at[2]) * weight[2] + floats(tile, at[3]) * weight[3];
+                   constexpr float whole = 12582912;  // 1.5 · 2²³: where floats are the integers
+                   put(pixel, (mean + whole) - whole);
+               });
+    }
+    std::memset(out, 0, (slots - months) * pixels * bands * sizeof(float));
+    return -1;
+}
+
+// The label into out [side, side] float32, in t/ha.  `planes` [4, pixels] and `tile` [pixels] are scratch.
+// Returns −1, or the number of a bad block.
+int64_t packed_label(const uint8_t* blocks, const uint32_t* sizes, int64_t side, const float* matrix, Inflate inflate,
+                     uint8_t* planes, float* tile, float* out) {
+    const int64_t pixels = side * side;
+    int bad = inflate_all(blocks, sizes, 4, 4, pixels, inflate, planes);
+    if (bad >= 0) return bad;
+    for (int64_t p = 0; p < pixels; p++) {
+        uint32_t bits = planes[p] | planes[pixels + p] << 8 | planes[2 * pixels + p] << 16
+                        | static_cast<uint32_t>(planes[3 * pixels + p]) << 24;
+        std::memcpy(tile + p, &bits, sizeof bits);
+    }
+    sample(matrix, side, [&](int64_t pixel, int64_t at) { out[pixel] = tile[at]; },
+           [&](int64_t pixel, const int64_t* at, const float* weight) {
+               out[pixel] = tile[at[0]] * weight[0] + tile[at[1]] * weight[1] + tile[at[2]] * weight[2]
+                            + tile[at[3]] * weight[3];
+           });
+    return -1;
+}
+
+}  // extern "C"
