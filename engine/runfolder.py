@@ -1,11 +1,12 @@
 """A run's folder belongs to one recipe: `config.yaml` in it says which, and a resume is checked against it.
 
-Layout of a run: `config.yaml` (resolved), `history.jsonl`, `tensorboard/`, `checkpoints/step-N/` (to resume),
-`weights/{best,last}.safetensors` (to share), `profile/`.
+Layout of a run: `config.yaml` (resolved), `data.json` (how exact the data are), `history.jsonl`, `tensorboard/`,
+`checkpoints/step-N/` (to resume), `weights/{best,last}.safetensors` (to share), `profile/`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,13 @@ _FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("
          ("data", "cache_gb"), ("data", "verify"), ("data", "path"), ("data", "backend"), ("run", "folder"))
 
 
-def claim(folder: Path, config: Config, restart: bool) -> None:
-    """Make the run's folder this recipe's.  Raises ConfigError where it holds a run of another recipe."""
-    path = folder / "config.yaml"
+def claim(folder: Path, config: Config, restart: bool, s1: str) -> None:
+    """Make the run's folder this recipe's.  `s1`: how exact Sentinel-1 is in its data (`engine.data.store`).
+
+    Raises ConfigError where it holds a run of another recipe, or one that was begun on data of another exactness:
+    `data.path` itself may change, between the TIFFs and a lossless store for instance.
+    """
+    path, data = folder / "config.yaml", folder / "data.json"
     problem = None
     if rank() == 0:
         if restart and folder.exists():
@@ -40,7 +45,12 @@ def claim(folder: Path, config: Config, restart: bool) -> None:
             if changed:
                 problem = (f"{folder} holds a run of another recipe ({', '.join('.'.join(k) for k in changed[:5])} "
                            f"changed); give this one another run.name, or --restart to delete that run")
+        begun_on = json.loads(data.read_text())["sentinel1"] if data.exists() and problem is None else s1
+        if begun_on != s1:
+            problem = (f"{folder} holds a run that was begun on Sentinel-1 as {begun_on}, and data.path "
+                       f"{config.data.path} has it as {s1}; set it to such data, or give this one another run.name")
         if problem is None:
+            write_text(data, json.dumps({"sentinel1": s1}) + "\n")
             write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     holder = [problem]
     if world() > 1:

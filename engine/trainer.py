@@ -89,7 +89,7 @@ class Trainer:
         self.eval_batch = config.validate_.micro_batch or config.train.micro_batch
         self.stop = StopFlag()
         self.profile = profile or Profile(None, self.folder)
-        claim(self.folder, config, restart)
+        claim(self.folder, config, restart, self.source.s1)
         if bad is not None:
             quarantine.record(self.folder, bad)
 

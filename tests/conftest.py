@@ -46,6 +46,46 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three labelled chips, two of them with few months, and one without label; one lacks an orbit in a month, and in
+    another an orbit has a hole."""
+    import numpy as np
+
+    from engine.data import tiff
+    from engine.data.bands import S1, S1_NODATA, T
+    from engine.data.index import open_index
+    from engine.data.sample import make_sample
+
+    root = tmp_path_factory.mktemp("tree") / "data"
+    make_sample(root, 3, 7, test_chips=1)
+    for csv in root.glob("*.csv"):
+        csv.unlink()  # they are no longer right after what follows
+    for chip in open_index(root).chips[1:]:
+        for month in range(4, T):
+            for path in root.rglob(f"{chip.id}_S?_{month:02d}.tif"):
+                path.unlink()
+    first, second = open_index(root).split("train")[:2]
+    for chip, where in ((first, slice(None)), (second, slice(0, 90))):
+        s1 = np.empty(S1.shape, S1.dtype)
+        path = chip.path(0, 2)
+        tiff.read_into(path, s1)
+        s1[where, :, 2:] = S1_NODATA
+        tiff.write(path, s1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def stores(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """`tree` packed: in steps under False, lossless under True."""
+    from engine.data.pack import pack
+
+    folder = tmp_path_factory.mktemp("stores")
+    for lossless in (False, True):
+        pack(tree, folder / str(lossless), lossless=lossless, workers=2, verify=True)
+    return {lossless: folder / str(lossless) for lossless in (False, True)}
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 

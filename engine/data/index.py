@@ -131,7 +131,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         version, _ = manifest["version"], manifest["chips"][0]["id"]
     except FileNotFoundError:
         raise DataError(f"{root}: packing is not finished (there is no {store.MANIFEST}); run the same "
-                        f"`launch/prepare.py pack` again, it goes on from where it stopped") from None
+                        f"`launch/prepare.py pack` or `download` again, it goes on from where it stopped") from None
     except (ValueError, KeyError, TypeError, IndexError):
         raise DataError(f"{path}: is damaged; run `launch/prepare.py pack` again, it keeps the packed chips and writes "
                         f"the manifest anew") from None

@@ -91,6 +91,11 @@ def _graph(feed: Any, form: str, gpu: bool, warp: bool, dtype: DALIDataType) -> 
         stored = _inflate(form, stored[0].gpu(), stored[1:])
     elif gpu:
         stored = [array.gpu() for array in stored]
+    return finish(form, stored, matrix, needed, dtype)
+
+
+def finish(form: str, stored: list[Any], matrix: Any, needed: Any, dtype: DALIDataType) -> tuple[Any, Any]:
+    """Images [T, H, W, C] and label [H, W] of a chip from [bands, label] or [s1, s2, label]."""
     label = _augment(stored[-1], None, matrix, needed)
     if form == "blocks":
         images = _scale(_augment(stored[0], _GROUPS, matrix, needed), _CODES, dtype)

@@ -22,6 +22,7 @@ from engine.data import tiff
 from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, T
 from engine.data.index import Chip
 from engine.data.plan import dihedral
+from engine.data.store import EXACT
 from engine.errors import DataError
 
 
@@ -78,7 +79,11 @@ class Source(Protocol):
 
     @property
     def form(self) -> str:
-        """Which arrays it gives: a key of `engine.data.pipeline.FORMS`."""
+        """Which arrays it gives: a key of `engine.data.pipeline.FORMS`, or `engine.data.packed.DIRECT`."""
+
+    @property
+    def s1(self) -> str:
+        """How exact Sentinel-1 is: `engine.data.store` EXACT or STEPS."""
 
     def buffer(self) -> Any:
         """Memory for one chip."""
@@ -153,7 +158,7 @@ class TiffSource:
     without files.
     """
 
-    form = "stack"
+    form, s1 = "stack", EXACT
 
     def __init__(self, nodata_months: str = "fail", cache_gb: float = 0.0):
         self.nodata_months = nodata_months
