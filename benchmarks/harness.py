@@ -9,9 +9,11 @@ between two repeats of the same round.  A result file holds one JSON object a li
 variant, with every single time.  It is written line by line: a run that is cut off leaves what it had.
 
 CUDA is timed by events on the stream, the CPU by time.perf_counter.  Peak memory is taken in the last warm-up, so that
-its bookkeeping disturbs no timed repeat: on CUDA from the allocator; on the CPU the kernel's high-water mark of this
-process (VmHWM, reset through /proc/self/clear_refs), after what earlier repeats left was given back.  Both count from
-the level before the repeat; `resident` adds what a variant keeps between repeats, as its weights.
+its bookkeeping disturbs no timed repeat: on CUDA from the allocator, on the CPU from the allocations that torch's
+profiler sees.  It counts from the level before the repeat; `resident` adds what a variant keeps between repeats, as its
+weights.  "process GiB" is the same from the kernel's high-water mark of this process (VmHWM, reset through
+/proc/self/clear_refs), after what earlier repeats left was given back: with the holes in glibc's heap, and with what
+libraries allocate for themselves.
 """
 
 from __future__ import annotations
@@ -91,6 +93,8 @@ def measure(variants: Sequence[Variant], *, device: torch.device, n: int, warmup
                 if variant.prepare is not None:
                     variant.prepare(i)
                 if i == warmup - 1:
+                    if memory and device.type == "cpu" and (grown := _process_peak(variant, i)) is not None:
+                        timing.extra["process GiB"] = [grown]
                     peak, holds[k] = _peak(variant, i, device)
                     timing.peak = peak if memory else None
                 elif i < warmup:
@@ -130,7 +134,7 @@ def _timed(variant: Variant, i: int, device: torch.device, wall: bool,
     return begin.elapsed_time(end) / 1e3 / variant.calls, extra
 
 
-def _peak(variant: Variant, i: int, device: torch.device) -> tuple[int | None, float]:
+def _peak(variant: Variant, i: int, device: torch.device) -> tuple[int, float]:
     """One untimed repeat: (its peak bytes with what is resident, seconds the host took to enqueue it)."""
     gc.collect()
     if device.type == "cuda":
@@ -142,10 +146,28 @@ def _peak(variant: Variant, i: int, device: torch.device) -> tuple[int | None, f
         enqueued = time.perf_counter() - start
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before + variant.resident, enqueued
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        variant.run(i)
+    return _highest(seen) + variant.resident, 0.0
+
+
+def _highest(seen: Any) -> int:
+    """The most bytes that were allocated at once, of those that were allocated meanwhile."""
+    level = highest = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            highest = max(highest, level)
+    return highest
+
+
+def _process_peak(variant: Variant, i: int) -> float | None:
+    """One untimed repeat: GiB that this process grows by at its highest, and what is resident."""
+    gc.collect()
     resettable = _reset_high_water()
     before = _memory("VmRSS")
     variant.run(i)
-    return (_memory("VmHWM") - before + variant.resident if resettable else None), 0.0
+    return (_memory("VmHWM") - before + variant.resident) / 2**30 if resettable else None
 
 
 def _reset_high_water() -> bool:

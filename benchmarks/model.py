@@ -25,7 +25,7 @@ import torch
 from harness import Recorder, Variant, common_options, line_through, out_path, spread
 from machine import ceilings, use_device
 from model_parts import Batch, Flop, Setup, convolutions, make_batch, recipe_batches, stages, train_step
-from plain_model import PlainUNet, plain_decoder, plain_encoder
+from plain_model import PlainUNet, plain_decoder, plain_norms
 from torch import nn
 
 from engine.cli import main
@@ -41,7 +41,7 @@ from kernels.month_attention import resolve
 
 PARTS = ("training", "inference", "stages", "months")
 RUNGS = ("plain", "channels_last", "fused AdamW", "kept months only", "fused attention", "lean norms",
-         "lean decoder", "compiled regions", "recomputed activations")
+         "lean decoder", "activations again", "compiled regions", "recomputed blocks")
 INFERENCE = ("plain", "channels_last", "fused attention", "lean decoder", "compiled regions")  # others change nothing
 MONTHS = (1, 2, 4, 8, 12)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,13 +103,14 @@ def build(rung: str, setup: Setup, backend: str) -> BiomassUNet:
     for level in cast(Any, model.attn):
         level.implementation = resolve("auto", setup.device) if has("fused attention") else "reference"
     if not has("lean norms"):
-        plain_encoder(model)
+        plain_norms(model)
     if not has("lean decoder"):
         plain_decoder(model)
     model.to(setup.device)
+    model.keep_less = has("activations again")
     if has("compiled regions"):
         compile_regions(model, backend=backend)
-    if has("recomputed activations"):
+    if has("recomputed blocks"):
         checkpoint_regions(model)
     return model
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engine.backbones import build_backbone
 from engine.decoder import ScSE
 from engine.model import BiomassUNet
+from engine.normact import BatchNormReLU
 
 
 class PlainMonthAttention(nn.Module):
@@ -40,6 +41,13 @@ class PlainScSE(ScSE):
         return x * (self.cSE(x) + self.sSE(x))
 
 
+class PlainBatchNormReLU(BatchNormReLU):
+    """As `engine.normact.BatchNormReLU`, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(nn.BatchNorm2d.forward(self, x))
+
+
 class PlainUNet(BiomassUNet):
     """As `engine.model.BiomassUNet`, in the plain way."""
 
@@ -47,8 +55,9 @@ class PlainUNet(BiomassUNet):
         super().__init__(*args, **options)
         self.memory_format = memory_format
         self.attn = nn.ModuleList(PlainMonthAttention(channels) for channels in self.encoder.channels)
-        plain_encoder(self)
+        plain_norms(self)
         plain_decoder(self)
+        self.keep_less = False
 
     def forward(self, images: Tensor, dropped: Tensor | None = None) -> Tensor:
         if dropped is None:
@@ -60,11 +69,15 @@ class PlainUNet(BiomassUNet):
         return self.encoder(images.contiguous(memory_format=self.memory_format))
 
 
-def plain_encoder(model: BiomassUNet) -> None:
-    """Give `model` timm's backbone as timm makes it, with the weights that it has."""
+def plain_norms(model: BiomassUNet) -> None:
+    """Give `model` timm's backbone as timm makes it, with the weights that it has, and a decoder whose BatchNorm and
+    ReLU are two operators."""
     backbone = build_backbone(model.backbone, model.in_channels)
     backbone.load_state_dict(model.encoder.model.state_dict())
     model.encoder.model = backbone
+    for module in model.decoder.modules():
+        if type(module) is BatchNormReLU:
+            module.__class__ = PlainBatchNormReLU
 
 
 def plain_decoder(model: BiomassUNet) -> None:

@@ -62,6 +62,7 @@ def compile_regions(model: BiomassUNet, zero_stage: int = 0, backend: str | Call
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "biomassters" / "inductor"))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     decoder = set(model.decoder.blocks)
+    model.keep_less = False  # Inductor decides what a compiled block keeps
     for region in found:
         region.compile(backend=backend)
         if region not in decoder:

@@ -124,7 +124,9 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast; parameters stay float32
     zero_stage: Literal[0, 1, 2, 3] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where there is one
-    compile: bool = False  # torch.compile of the model's blocks, not at zero_stage 3; see engine/compilation.py
+    # torch.compile of the model's blocks, not at zero_stage 3 (see engine/compilation.py); auto: on a GPU.  On a CPU it
+    # gains nothing over the model's own lean operators (benchmarks/results/model-cpu.md)
+    compile: bool | Literal["auto"] = "auto"
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are recomputed in the backward
 
 

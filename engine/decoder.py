@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
+from engine.normact import BatchNormReLU
 
 SCSE_REDUCTION = 16
 
@@ -134,7 +135,7 @@ def _scse(channels: int) -> nn.Sequential:
 def _convolution(in_channels: int, out_channels: int, upsample: bool = False) -> nn.Sequential:
     convolution = UpsampleConv2d(in_channels, out_channels) if upsample else \
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    return nn.Sequential(convolution, BatchNormReLU(out_channels))
 
 
 def _initialise(module: nn.Module) -> None:

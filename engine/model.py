@@ -13,6 +13,7 @@ Legend: B chips, T months, C bands, H, W pixels, L levels of the encoder, D chan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from engine.backbones import build_backbone, is_channels_last
 from engine.decoder import Decoder
 from engine.errors import ConfigError, DataError
 from engine.inference import optimize_for_inference as optimize_for_inference
-from engine.normact import keep_one_array
+from engine.normact import activations_again, keep_one_array
 from kernels.month_attention import month_attention
 
 
@@ -37,10 +38,12 @@ class BiomassUNet(nn.Module):
         backbone (3 input channels; timm spreads the stem's weights over `in_channels`).
     skip_dropped_months: the encoder sees kept months only.  In eval mode nothing changes but the work; in training,
         BatchNorm then sees real images only.  False: the winner's way, whose encoder sees dropped months as zeros.
+    keep_less: in eager training, activations that are cheap to compute again are not kept: see `engine.normact`.
     Raises ConfigError (unknown backbone, wrong number of decoder_channels), WeightsError (pretrained).
     """
 
     skip_dropped_months = True
+    keep_less = True
 
     def __init__(self, backbone: str = "tf_efficientnetv2_l.in21k",
                  decoder_channels: Sequence[int] = (384, 368, 352, 336, 320),
@@ -77,7 +80,8 @@ class BiomassUNet(nn.Module):
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Features of single months: [N,C,H,W] -> L maps [N,D,h,w], finest first."""
-        return self.encoder(images.contiguous(memory_format=torch.channels_last))
+        with self._kept():
+            return self.encoder(images.contiguous(memory_format=torch.channels_last))
 
     def pool(self, features: list[Tensor], segments: Tensor) -> list[Tensor]:
         """Months to one map per chip: L × [N,D,h,w] -> L × [B,D,h,w]; chip b has months segments[b]:segments[b+1]."""
@@ -85,7 +89,13 @@ class BiomassUNet(nn.Module):
 
     def decode(self, pooled: list[Tensor]) -> Tensor:
         """L maps [B,D,h,w], finest first -> [B,1,H,W]."""
-        return self.segmentation_head(self.decoder(pooled))
+        with self._kept():
+            return self.segmentation_head(self.decoder(pooled))
+
+    def _kept(self) -> AbstractContextManager[None]:
+        # Not while it is traced as a whole: autograd's hooks would be traced with it
+        again = self.keep_less and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return activations_again() if again else nullcontext()
 
     @property
     def upsample_conv(self) -> bool:

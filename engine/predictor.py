@@ -57,17 +57,18 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
 def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: torch.device, precision: str = "fp32",
             tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
             readers: int = 4, threads: int = 2, backbone: str | None = None,
-            optimize: bool = True) -> dict[str, float]:
+            optimize: bool = True, compile: bool = False) -> dict[str, float]:
     """Write `out/{chip}_agbm.tif` (float32, t/ha) for every chip; where labels exist, metrics and pictures as well.
 
     optimize: predict with `engine.model.optimize_for_inference` of the model and, on a GPU, all flips in one batch;
-    False: with the model as it trains.
+    False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for thousands of
+    chips.
     Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
     DataError.
     """
     model = weights.load_model(weights_path, device, backbone).eval()
     if optimize:
-        model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32")
+        model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
     backend = "gpu" if device.type == "cuda" else "cpu"
     source = open_source(chips, nodata_months=nodata_months, backend=backend)
     loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,

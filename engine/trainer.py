@@ -246,7 +246,7 @@ class Trainer:
     def _engine(self, model: BiomassUNet) -> Any:
         model.to(self.device)
         train = self.config.train
-        if train.compile:
+        if train.compile is True or (train.compile == "auto" and self.device.type == "cuda"):
             self._say(f"train.compile: {compile_regions(model, train.zero_stage)}")
         if train.checkpoint_activations:
             self._say(f"train.checkpoint_activations: {checkpoint_regions(model)}")

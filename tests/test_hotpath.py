@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from engine import normact
 from engine.compilation import checkpoint_regions, compile_regions, regions
 from engine.data.loader import Batch
 from engine.decoder import DecoderBlock, UpsampleConv2d, upsample_conv3x3, upsample_conv3x3_reference
 from engine.evaluate import predict_batch
 from engine.inference import fold_batchnorm
 from engine.model import BiomassUNet, optimize_for_inference
-from engine.normact import BatchNormSiLU, keep_one_array
+from engine.normact import BatchNormReLU, BatchNormSiLU, activations_again, keep_one_array
 from engine.tensors import read_tensors
 from tests.conftest import Command
 from tests.test_training import history, recipe, succeed
@@ -106,21 +108,33 @@ def test_the_upsampling_convolution_keeps_channels_last() -> None:
     assert upsample_conv3x3(x, torch.randn(4, 8, 3, 3)).is_contiguous(memory_format=torch.channels_last)
 
 
-# --- BatchNorm with SiLU ----------------------------------------------------------------------------------------------
+# --- BatchNorm and activation -----------------------------------------------------------------------------------------
+
+class NormThenReLU(nn.BatchNorm2d):
+    """What `BatchNormReLU` equals."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
 
 @pytest.mark.parametrize(("dtype", "tolerance"),
                          [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 7), (1, 64, 8, 8)])
-def test_batchnorm_with_silu(dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("relu", [False, True])
+def test_batchnorm_with_activation(dtype: torch.dtype, tolerance: float, shape: tuple[int, ...], relu: bool) -> None:
     """Outputs, gradients, statistics, in training, after it, and with parameters of float32 for half precision."""
     torch.manual_seed(0)
-    plain = BatchNormAct2d(shape[1], act_layer=nn.SiLU, inplace=False)
+    plain = NormThenReLU(shape[1]) if relu else BatchNormAct2d(shape[1], act_layer=nn.SiLU, inplace=False)
     plain.to(torch.promote_types(dtype, torch.float32))
     nn.init.uniform_(plain.weight, 0.5, 1.5)
     nn.init.normal_(plain.bias)
-    lean = copy.deepcopy(plain)
-    keep_one_array(lean)
-    assert type(lean) is BatchNormSiLU
+    if relu:
+        lean: nn.Module = BatchNormReLU(shape[1]).to(plain.weight.dtype)
+        lean.load_state_dict(plain.state_dict())
+    else:
+        lean = copy.deepcopy(plain)
+        keep_one_array(lean)
+        assert type(lean) is BatchNormSiLU
     x = (3 * torch.randn(shape, dtype=dtype) + 2).contiguous(memory_format=torch.channels_last)
     grad = torch.randn_like(x)
     results = []
@@ -134,6 +148,49 @@ def test_batchnorm_with_silu(dtype: torch.dtype, tolerance: float, shape: tuple[
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
     assert results[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_activations_computed_again_change_nothing_but_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged: dict[int, int] = {}
+
+    def look(tensor: Tensor) -> Any:
+        recipe = recipe_of(tensor)
+        if recipe is not None:
+            exchanged[tensor.data_ptr()] = tensor.nbytes
+            torch.testing.assert_close(recipe(), tensor, rtol=1e-12, atol=1e-12)
+        return recipe
+
+    recipe_of = normact._recipe_of
+    plain = lived_in("tf_efficientnetv2_b0").double()
+    lean = copy.deepcopy(plain)
+    plain.keep_less = False
+    monkeypatch.setattr(normact, "_recipe_of", look)
+    got = steps(lean)
+    gates = sum(isinstance(module, normact.GatedAgain) for module in lean.modules())
+    norms = sum(isinstance(module, BatchNormSiLU | BatchNormReLU) for module in lean.modules())
+    assert gates == 16 and len(exchanged) >= norms + gates, (len(exchanged), norms)
+    exchanged.clear()
+    assert_same(got, steps(plain))
+    assert not exchanged
+
+
+def test_an_activation_that_was_written_to_is_kept() -> None:
+    plain = BatchNormAct2d(6, act_layer=nn.SiLU, inplace=False).double()
+    lean = copy.deepcopy(plain)
+    keep_one_array(lean)
+    x = torch.randn(4, 6, 5, 5, dtype=torch.float64)
+    weight = torch.randn(3, 6, 1, 1, dtype=torch.float64)
+    grads = []
+    for module, context in ((plain, nullcontext()), (lean, activations_again())):
+        leaf = x.clone().requires_grad_()
+        with context:
+            y = module(leaf)
+            y.mul_(3)
+            out = nn.functional.conv2d(y, weight).square().sum()
+        out.backward(retain_graph=True)
+        out.backward()  # the graph serves twice
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
 # --- regions ----------------------------------------------------------------------------------------------------------
@@ -171,6 +228,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def test_recomputed_blocks_change_nothing_but_the_memory() -> None:
     plain = lived_in().double()
+    plain.keep_less = False  # its hooks would hide what is kept from this test's
     lean = copy.deepcopy(plain)
     assert "17 blocks" in checkpoint_regions(lean)
     assert lean.state_dict().keys() == plain.state_dict().keys()
@@ -259,6 +317,16 @@ def test_the_copy_for_inference_in_bf16() -> None:
         assert error < 2 * (plain.float() - expected).square().mean().sqrt()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_copy_for_inference_compiled() -> None:
+    model = lived_in("test_efficientnet").eval()
+    fast = optimize_for_inference(model, compile=True)
+    dropped = torch.tensor([[False, True, False], [False, False, False]])
+    assert all(region._compiled_call_impl is not None for region in regions(fast))
+    assert largest_difference(fast(noise(), dropped), model(noise(), dropped)) < 1e-4
+
+
 @needs_fixture
 @torch.no_grad()
 def test_the_copy_for_inference_of_the_winners_weights() -> None:
@@ -275,7 +343,7 @@ def test_a_batchnorm_that_shares_its_input_is_not_folded() -> None:
     class Shared(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             y = self[0](x)
-            return self[2](self[1](y)) + 0.1 * y
+            return self[1](y) + 0.1 * y
 
     block = model.decoder.blocks[1]
     assert isinstance(block, DecoderBlock)
@@ -311,7 +379,8 @@ def test_flips_in_one_batch() -> None:
 def test_two_ranks_with_compiled_blocks(tmp_path: Path, sample: Path, command: Command, stage: int) -> None:
     """Compiled or not, the losses are the same; at ZeRO-3 it runs and says that it does not compile."""
     options = ["--set", "phases=[{epochs: 1, lr: 0.003}]", "--set", "train.accumulate=1", "--set",
-               f"train.zero_stage={stage}", "--set", "checkpoint.every_steps=null"]
+               f"train.zero_stage={stage}", "--set", "checkpoint.every_steps=null",
+               "--set", "model.backbone=test_efficientnet"]  # few kinds of block: each takes Inductor seconds
     succeed(command("train", "--config", recipe(tmp_path, sample, "plain"), *options, ranks=2))
     out = succeed(command("train", "--config", recipe(tmp_path, sample, "compiled"), *options, "--set",
                           "train.compile=true", "--set", "train.checkpoint_activations=true", ranks=2, timeout=600))
