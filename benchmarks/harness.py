@@ -11,9 +11,9 @@ variant, with every single time.  It is written line by line: a run that is cut 
 CUDA is timed by events on the stream, the CPU by time.perf_counter.  Peak memory is taken in the last warm-up, so that
 its bookkeeping disturbs no timed repeat: on CUDA from the allocator, on the CPU from the allocations that torch's
 profiler sees.  It counts from the level before the repeat; `resident` adds what a variant keeps between repeats, as its
-weights.  "process GiB" is the same from the kernel's high-water mark of this process (VmHWM, reset through
-/proc/self/clear_refs), after what earlier repeats left was given back: with the holes in glibc's heap, and with what
-libraries allocate for themselves.
+weights.  "process GiB", taken one repeat earlier, is the same from the kernel's high-water mark of this process (VmHWM,
+reset through /proc/self/clear_refs), after what earlier repeats left was given back: with the holes in the heap, and with
+what libraries allocate for themselves.
 """
 
 from __future__ import annotations
@@ -93,10 +93,11 @@ def measure(variants: Sequence[Variant], *, device: torch.device, n: int, warmup
                 if variant.prepare is not None:
                     variant.prepare(i)
                 if i == warmup - 1:
-                    if memory and device.type == "cpu" and (grown := _process_peak(variant, i)) is not None:
-                        timing.extra["process GiB"] = [grown]
                     peak, holds[k] = _peak(variant, i, device)
                     timing.peak = peak if memory else None
+                elif i == warmup - 2 and memory and device.type == "cpu":
+                    if (grown := _process_peak(variant, i)) is not None:
+                        timing.extra["process GiB"] = [grown]
                 elif i < warmup:
                     variant.run(i)
                 else:

@@ -121,7 +121,7 @@ def training(recorder: Recorder, models: Models, setup: Setup, flop: Flop, args:
     full = make_batch(setup, None)
 
     def batch(i: int) -> Batch:
-        return full if i == warmup - 1 else batches[i % len(batches)]  # memory is measured in the last warm-up
+        return full if i < warmup else batches[i % len(batches)]  # memory is measured while warming up
 
     kept = sum(int((~batch(warmup + i).dropped).sum()) for i in range(args.n)) / args.n
     recorder.note("training batches", **{"kept months of a chip, mean": kept / setup.batch})
