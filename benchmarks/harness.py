@@ -12,8 +12,8 @@ CUDA is timed by events on the stream, the CPU by time.perf_counter.  Peak memor
 its bookkeeping disturbs no timed repeat: on CUDA from the allocator, on the CPU from the allocations that torch's
 profiler sees.  It counts from the level before the repeat; `resident` adds what a variant keeps between repeats, as its
 weights.  "process GiB", taken one repeat earlier, is the same from the kernel's high-water mark of this process (VmHWM,
-reset through /proc/self/clear_refs), after what earlier repeats left was given back: with the holes in the heap, and with
-what libraries allocate for themselves.
+reset through /proc/self/clear_refs), after what earlier repeats left was given back: with the holes in the heap, and
+with what libraries allocate for themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +148,7 @@ def _peak(variant: Variant, i: int, device: torch.device) -> tuple[int, float]:
         enqueued = time.perf_counter() - start
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before + variant.resident, enqueued
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         variant.run(i)
     return _highest(seen) + variant.resident, 0.0

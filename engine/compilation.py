@@ -77,6 +77,7 @@ def checkpoint_regions(model: BiomassUNet) -> str:
     Call it after `compile_regions`, if both are wanted.
     """
     found = list(regions(model))
+    model.keep_less = False  # nothing of a region is kept; recipes would hold what it is to forget
     for region in found:
         _wrap(region, _recomputed)
     return f"activations of {len(found)} blocks are recomputed in the backward"

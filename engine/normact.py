@@ -52,6 +52,8 @@ def _lean(module: nn.Module) -> bool:
 
 
 def _norm_act(norm: BatchNormSiLU | BatchNormReLU, x: Tensor) -> Tensor:
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"BatchNorm in training wants more than one value a channel, not {list(x.shape)}")
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     activation = _SILU if isinstance(norm, BatchNormSiLU) else _RELU
@@ -93,11 +95,23 @@ def activations_again() -> Iterator[None]:
     outer = _offers()
     _LOCAL.offers = {}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _recipe_of(tensor) or tensor,
-                                                      lambda kept: kept() if callable(kept) else kept):
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
         _LOCAL.offers = outer
+
+
+def _pack(tensor: Tensor) -> Recipe | tuple[Tensor, int]:
+    return _recipe_of(tensor) or (tensor, tensor._version)
+
+
+def _unpack(kept: Recipe | tuple[Tensor, int]) -> Tensor:
+    if callable(kept):
+        return kept()
+    tensor, version = kept
+    if tensor._version != version:  # autograd's own check, which hooks turn off
+        raise RuntimeError("a tensor that the backward needs was written to after the forward had kept it")
+    return tensor
 
 
 class _Shared:

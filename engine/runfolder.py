@@ -45,18 +45,26 @@ def claim(folder: Path, config: Config, restart: bool, s1: str) -> None:
             if changed:
                 problem = (f"{folder} holds a run of another recipe ({', '.join('.'.join(k) for k in changed[:5])} "
                            f"changed); give this one another run.name, or --restart to delete that run")
-        begun_on = json.loads(data.read_text())["sentinel1"] if data.exists() and problem is None else s1
-        if begun_on != s1:
+        begun_on = _begun_on(data) if path.exists() and problem is None else None
+        if begun_on not in (None, s1):
             problem = (f"{folder} holds a run that was begun on Sentinel-1 as {begun_on}, and data.path "
                        f"{config.data.path} has it as {s1}; set it to such data, or give this one another run.name")
         if problem is None:
-            write_text(data, json.dumps({"sentinel1": s1}) + "\n")
             write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+            write_text(data, json.dumps({"sentinel1": s1}) + "\n")
     holder = [problem]
     if world() > 1:
         torch.distributed.broadcast_object_list(holder, src=0)
     if holder[0]:
         raise ConfigError(holder[0])
+
+
+def _begun_on(path: Path) -> str | None:
+    """None where the run does not say: it was killed as it began, or the file was damaged."""
+    try:
+        return str(json.loads(path.read_text())["sentinel1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _differences(old: Any, new: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """Builds a C++ source for this machine at first use and loads it.
 
-The library is compiled once (some seconds), with the C++ compiler named by $CXX or found as c++, g++ or clang++, and
-kept under $XDG_CACHE_HOME/biomass-kernels (default ~/.cache) by a hash of its source, the compiler and the processor.
+The library is compiled once (some seconds), with the C++ compiler named by $CXX or found as c++, g++ (12 or newer) or
+clang++, and kept under $XDG_CACHE_HOME/biomass-kernels (default ~/.cache) by a hash of its source, the compiler and the
+processor.
 """
 
 from __future__ import annotations
@@ -39,8 +40,16 @@ def _processor() -> str:
 def load(source: Path) -> ctypes.CDLL:
     """The compiled library, built if the cache has none; callers keep it.
 
-    Raises RuntimeError, with the compiler's words, where that fails.
+    Raises RuntimeError where that fails, with the compiler's words or the folder's trouble.
     """
+    try:
+        return _load(source)
+    except OSError as error:
+        raise RuntimeError(f"{source.parent.name}: cannot be built or loaded ({error}); point XDG_CACHE_HOME to a "
+                           "folder that can be written to and executed from") from None
+
+
+def _load(source: Path) -> ctypes.CDLL:
     name = f"{source.parent.name}-{source.stem}"
     compiler = find_compiler()
     if compiler is None:
@@ -61,4 +70,8 @@ def load(source: Path) -> ctypes.CDLL:
             Path(beside).replace(target)  # several ranks may build at once: each puts a whole file in place
         finally:
             Path(beside).unlink(missing_ok=True)
-    return ctypes.CDLL(str(target))
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError:  # cut short by a power cut, say: the next start builds it again
+        target.unlink(missing_ok=True)
+        raise

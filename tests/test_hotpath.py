@@ -193,6 +193,17 @@ def test_an_activation_that_was_written_to_is_kept() -> None:
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
+def test_what_has_no_recipe_must_not_be_written_to() -> None:
+    """Autograd's own check, which its hooks turn off."""
+    leaf = torch.randn(3, requires_grad=True)
+    with activations_again():
+        y = leaf.exp()
+        out = y.square().sum()
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="written to after"):
+        out.backward()
+
+
 # --- regions ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("backbone", "blocks"), [

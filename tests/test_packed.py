@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -234,6 +235,45 @@ def test_a_block_that_does_not_inflate_is_named(stores: dict[bool, Path], tmp_pa
     monkeypatch.setattr(store, "check_section", lambda *_: None)
     with pytest.raises(DataError, match=rf"{chip.packed.name}: is damaged \(a block does not inflate"):
         load([chip], [IDENTITY], "cpu", warp=False)
+
+
+@pytest.mark.parametrize("bands", [1, 4, 15, 16])
+def test_the_kernel_stays_within_its_output(bands: int) -> None:
+    """It stores whole vectors; what lies behind the chip may be another thread's."""
+    import lz4.block
+
+    from engine.data.direct import _inflate
+    from kernels import packed_chip
+
+    side, rng = 16, np.random.default_rng(bands)
+    codes = rng.integers(1, 60_000, (side * side, bands), np.uint16)
+    planes = [lz4.block.compress(plane.tobytes(), store_size=False) for band in codes.T
+              for plane in np.ascontiguousarray(band).view(np.uint8).reshape(-1, 2).T]
+    file = np.frombuffer(b"".join(planes), np.uint8)
+    blocks, sizes = np.array([file.ctypes.data], np.uint64), np.array([len(plane) for plane in planes], np.uint32)
+    fill, low, scale = np.zeros(bands, np.uint16), np.full(bands, 5, np.float32), np.full(bands, 0.5, np.float32)
+    out = np.full(2 * codes.size + 64, -1, np.float32)
+    matrix, scratch = np.eye(3, dtype=np.float32), np.empty((2 * bands + 32) * side * side, np.uint8)
+    tile = scratch[2 * bands * side * side:]
+    assert packed_chip.images()(
+        blocks.ctypes.data, sizes.ctypes.data, 1, 2, bands, side, fill.ctypes.data, low.ctypes.data, scale.ctypes.data,
+        matrix.ctypes.data, _inflate(), scratch.ctypes.data, tile.ctypes.data, out.ctypes.data) == -1
+    np.testing.assert_array_equal(out[:codes.size], ((codes.astype(np.float32) - 5) * 0.5).ravel())
+    assert not out[codes.size:2 * codes.size].any() and (out[2 * codes.size:] == -1).all()
+
+
+def test_bad_files_leave_nothing_open(stores: dict[bool, Path], tmp_path: Path) -> None:
+    chip = open_index(stores[False]).split("train")[0]
+    assert chip.packed is not None
+    other = tmp_path / chip.packed.name
+    shutil.copy(chip.packed, other)
+    renamed = dataclasses.replace(chip, id="ffffffff", packed=other)
+    source = open_source([renamed])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        with pytest.raises(DataError, match="holds chip"):
+            source.stack(renamed)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_without_a_compiler_it_says_so(stores: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,8 @@ class Direct:
         try:
             packed_chip.images(), packed_chip.label(), _inflate()
         except (RuntimeError, OSError, AttributeError) as error:
-            raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; install a C++ compiler, or set "
-                              f"data.path to the TIFFs") from None
+            raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; install a C++ compiler (GCC 12 "
+                              f"or newer, or clang), or set data.path to the TIFFs") from None
         self._source, self._batch_size, self._threads = source, batch_size, threads
         self._ahead, self._warp, self._pinned = ahead, warp, pinned
         self._slabs = _Slabs()
@@ -50,23 +50,22 @@ class Direct:
         """Raises DataError from the reading of a chip."""
         asked = iter(requests)
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
-        pending: deque[tuple[list[Request], list[Future[int]], torch.Tensor, torch.Tensor]] = deque()
+        pending: deque[_Pending] = deque()
         try:
             while True:
                 while len(pending) <= self._ahead and (batch := next(asked, None)) is not None:
-                    images, label = self._memory()
-                    pending.append((batch, [pool.submit(self._decode, request, images[b], label[b])
-                                            for b, request in enumerate(batch)], images, label))
+                    pending.append(self._begin(pool, batch))
                 if not pending:
                     return
-                batch, futures, images, label = pending.popleft()
-                kept = [future.result() for future in futures]
-                del futures
-                made = Produced(batch, kept, images, label)
-                del images, label  # their memory is used again when the consumer has dropped them
-                yield made
+                yield pending.popleft().finished()  # no name for it here: its memory is the consumer's to let go
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            self._slabs = _Slabs()  # or a loader would hold batches between its epochs
+
+    def _begin(self, pool: ThreadPoolExecutor, batch: list[Request]) -> _Pending:
+        images, label = self._memory()
+        kept = [pool.submit(self._decode, request, images[b], label[b]) for b, request in enumerate(batch)]
+        return _Pending(batch, kept, images, label)
 
     def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
         shapes = (self._batch_size, T, TILE, TILE, C), (self._batch_size, TILE, TILE)
@@ -95,10 +94,22 @@ class Direct:
                 base, label_sizes.ctypes.data, TILE, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data,
                 scratch.tile.ctypes.data, label.data_ptr()))
         else:
-            label.zero_()
+            ctypes.memset(label.data_ptr(), 0, label.nbytes)  # torch would call its own threads
         if bad >= 0:
             raise DataError(f"{request.chip.packed}: is damaged (a block does not inflate); {REMEDY}")
         return len(stored.months)
+
+
+class _Pending(NamedTuple):
+    """A batch that threads work on."""
+
+    requests: list[Request]
+    kept: list[Future[int]]
+    images: torch.Tensor
+    label: torch.Tensor
+
+    def finished(self) -> Produced:
+        return Produced(self.requests, [future.result() for future in self.kept], self.images, self.label)
 
 
 class _Slabs:

@@ -84,7 +84,8 @@ class Loader:
     def _batch(self, made: Produced) -> Batch:
         dropped = np.arange(T) >= np.array(made.kept)[:, None]
         return Batch(
-            images=made.images.to(self._device, self._dtype, non_blocking=True).permute(0, 1, 4, 2, 3),
+            # Moved, then converted: the other way round a host array is converted here, and copied while we wait
+            images=made.images.to(self._device, non_blocking=True).to(self._dtype).permute(0, 1, 4, 2, 3),
             dropped=torch.from_numpy(dropped),
             label=made.label.to(self._device, non_blocking=True),
             rows=self._put(torch.tensor([request.row for request in made.requests])),

@@ -111,6 +111,14 @@ class _Open:
         assert chip.packed is not None
         self.source, self.chip, self.path = source, chip, chip.packed
         self._descriptor: int | None = None
+        try:
+            self._prepare()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _prepare(self) -> None:
+        source, chip = self.source, self.chip
         self._cached: memoryview | None = source._cache.get(chip.id)
         head = source._heads.get(chip.id)
         if head is None:

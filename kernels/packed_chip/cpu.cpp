@@ -9,8 +9,10 @@
 // Legend: side × side pixels a tile, bands ≤ LANES.  A matrix [3, 3] maps output to input coordinates, in pixels with
 // the origin at the corner of the first; only its first two rows are read.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -86,8 +88,9 @@ void interleave(const uint8_t* planes, const uint32_t* sizes, const uint16_t* fi
 
 // Where the border is crossed the image is mirrored; the edge pixel itself is not repeated.
 int64_t mirror(int64_t i, int64_t side) {
-    while (i < 0 || i >= side) i = i < 0 ? -i : 2 * (side - 1) - i;
-    return i;
+    const int64_t period = std::max<int64_t>(2 * (side - 1), 1);
+    i = std::abs(i) % period;
+    return i < side ? i : period - i;
 }
 
 // Calls one(y, x, at) for output pixels that are the input's pixel `at`, and mean(y, x, at[4], weight[4]) for others.
@@ -146,9 +149,9 @@ int64_t packed_images(const uint8_t* const* blocks, const uint32_t* sizes, int64
         interleave(planes, size, fill, static_cast<int>(bands), pixels, tile);
         auto put = [&](int64_t pixel, Floats code) {
             Floats v = (code - zero) * factor;
-            // A whole vector is quicker to store, and what it spills the next pixel overwrites; after the last there
+            // A whole vector is quicker to store, and what it spills the next pixels overwrite; after the last there
             // may lie another thread's chip.
-            if (pixel + 1 < pixels) std::memcpy(out + pixel * bands, &v, sizeof v);
+            if ((pixels - pixel) * bands >= LANES) std::memcpy(out + pixel * bands, &v, sizeof v);
             else std::memcpy(out + pixel * bands, &v, bands * sizeof(float));
         };
         sample(matrix, side, [&](int64_t pixel, int64_t at) { put(pixel, floats(tile, at)); },
