@@ -60,7 +60,6 @@ class Direct:
                 yield pending.popleft().finished()  # no name for it here: its memory is the consumer's to let go
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            self._slabs = _Slabs()  # or a loader would hold batches between its epochs
 
     def _begin(self, pool: ThreadPoolExecutor, batch: list[Request]) -> _Pending:
         images, label = self._memory()
@@ -114,7 +113,7 @@ class _Pending(NamedTuple):
 
 class _Slabs:
     """Host memory for batches, used again when nobody holds a batch's tensors any more: fresh pages of this size cost
-    as much as filling them."""
+    as much as filling them.  Kept as long as the loader, so that a short epoch (a validation) finds them too."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
