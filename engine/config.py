@@ -56,9 +56,9 @@ class Data(Section):
     chips: list[str] | None = None  # only these chips (all when null)
     overfit: bool = False  # train and validate on all chips: to see that a model can learn at all
     nodata_months: Literal["fail", "mask"] = "fail"  # months whose files hold no value: an error, or left out
-    backend: Literal["auto", "cpu", "gpu"] = "auto"  # where DALI works; auto: where the model does
-    readers: Positive = 4  # threads that read files ahead
-    threads: Positive = 2  # threads of DALI's CPU operators
+    backend: Literal["auto", "cpu", "gpu"] = "auto"  # where batches are made; auto: where the model is
+    readers: Positive = 4  # threads that read files ahead; a packed store on a CPU they decode, too
+    threads: Positive = 2  # threads of DALI's CPU operators (TIFFs and lossless stores)
     prefetch: Positive = 2  # batches prepared ahead
     cache_gb: Annotated[float, Field(ge=0)] = 0.0  # memory, for each process, to keep stored chips in
     bad_chips: Literal["fail", "quarantine"] = "fail"  # quarantine: check all before the first step, leave bad ones out
