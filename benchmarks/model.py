@@ -31,6 +31,7 @@ from torch import nn
 from engine.cli import main
 from engine.compilation import checkpoint_regions, compile_regions
 from engine.config import Optimizer
+from engine.cudagraphs import Graphed
 from engine.data.bands import TILE, T
 from engine.errors import ConfigError
 from engine.evaluate import autocast
@@ -160,19 +161,21 @@ def _resident(model: nn.Module, training: bool) -> int:
 
 def inference(recorder: Recorder, models: Models, setup: Setup, flop: Flop, args: argparse.Namespace) -> None:
     batch = make_batch(setup, None)
-    of = {rung: cast(nn.Module, models[rung].eval()) for rung in INFERENCE}
+    of: dict[str, nn.Module | Graphed] = {rung: models[rung].eval() for rung in INFERENCE}
     precision = cast(Any, setup.precision)
     of["BatchNorm folded"] = optimize_for_inference(models["lean decoder"], precision)
     folded = optimize_for_inference(models["lean decoder"], precision)
     compile_regions(folded, backend=args.backend)
     of["folded and compiled"] = folded
-    variants = [Variant(name, _forward(model, batch, setup), resident=_resident(model, training=False),
+    if setup.device.type == "cuda":
+        of["folded, compiled, CUDA graphs"] = Graphed(folded)
+    variants = [Variant(name, _forward(model, batch, setup), resident=_resident(folded if isinstance(model, Graphed) else model, training=False),
                         work={"chips": setup.batch, "flop": flop.chips(setup.batch, setup.batch * T)})
                 for name, model in of.items()]
     recorder.group("inference", variants, n=args.n, warmup=3)
 
 
-def _forward(model: nn.Module, batch: Batch, setup: Setup) -> Callable[[int], None]:
+def _forward(model: nn.Module | Graphed, batch: Batch, setup: Setup) -> Callable[[int], None]:
     images = batch.plain_images if isinstance(model, PlainUNet) else batch.images
 
     def forward(_: int) -> None:

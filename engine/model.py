@@ -67,16 +67,25 @@ class BiomassUNet(nn.Module):
         months are kept without waiting for the device.  A chip whose months are all dropped gets the decoder's
         answer to nothing: finite, and independent of its images.
         """
+        if self.skip_dropped_months:
+            return self.predict(*self.kept(images, dropped))
+        self._check(images, dropped)
+        index, segments = kept_months(dropped, images)
+        features = self.encode(images.flatten(0, 1))
+        if index is not None:
+            features = [take(level, index) for level in features]
+        return self.decode(self.pool(features, segments))
+
+    def kept(self, images: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `predict` takes: the months [N,C,H,W] that take part, and segments int32 [B+1]."""
         self._check(images, dropped)
         index, segments = kept_months(dropped, images)
         months = images.flatten(0, 1)
-        if index is None:
-            features = self.encode(months)
-        elif self.skip_dropped_months:
-            features = self.encode(take(months, index))
-        else:
-            features = [take(level, index) for level in self.encode(months)]
-        return self.decode(self.pool(features, segments))
+        return months if index is None else take(months, index), segments
+
+    def predict(self, months: Tensor, segments: Tensor) -> Tensor:
+        """Months [N,C,H,W] -> [B,1,H,W]; chip b has months segments[b]:segments[b+1].  Never waits for the device."""
+        return self.decode(self.pool(self.encode(months), segments))
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Features of single months: [N,C,H,W] -> L maps [N,D,h,w], finest first."""

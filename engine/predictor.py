@@ -13,6 +13,7 @@ import torch
 
 from engine import pictures, weights
 from engine.config import parse_config
+from engine.cudagraphs import Graphed
 from engine.data import tiff
 from engine.data.bands import AGBM_DTYPE, TILE, label_name
 from engine.data.index import Chip, open_index
@@ -57,18 +58,20 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
 def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: torch.device, precision: str = "fp32",
             tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
             readers: int = 4, threads: int = 2, backbone: str | None = None,
-            optimize: bool = True, compile: bool = False) -> dict[str, float]:
+            optimize: bool = True, compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
     """Write `out/{chip}_agbm.tif` (float32, t/ha) for every chip; where labels exist, metrics and pictures as well.
 
     optimize: predict with `engine.model.optimize_for_inference` of the model and, on a GPU, all flips in one batch;
     False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for thousands of
-    chips.
+    chips.  cuda_graphs: replay `engine.cudagraphs`, which pays for small batches on a GPU.
     Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
-    DataError.
+    DataError,
+    DeviceError (cuda_graphs without a GPU).
     """
     model = weights.load_model(weights_path, device, backbone).eval()
     if optimize:
         model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
+    forward = Graphed(model) if cuda_graphs else model
     backend = "gpu" if device.type == "cuda" else "cpu"
     source = open_source(chips, nodata_months=nodata_months, backend=backend)
     loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,
@@ -76,7 +79,7 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
     out.mkdir(parents=True, exist_ok=True)
     with Progress("predicting", len(chips), "chip", quiet=rank() != 0) as progress:
         writer = Writer(out, progress)
-        table = evaluate(model, loader, chips, micro_batch=batch_size, tta=tta, precision=precision, device=device,
+        table = evaluate(forward, loader, chips, micro_batch=batch_size, tta=tta, precision=precision, device=device,
                          flips_at_once=len(tta) if optimize and device.type == "cuda" else 1, each=writer.add)
         writer.finish()
     labelled = any(chip.label is not None for chip in chips)

@@ -30,6 +30,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", help="timm name, where the weights do not tell it")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the model's blocks: minutes at first, for thousands of chips on a GPU")
+    parser.add_argument("--cuda-graphs", action="store_true",
+                        help="launch each batch as one CUDA graph: for small batches on a GPU")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -52,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         chips = choose_chips(args.data, args.split, args.weights)
         metrics = predict(args.weights, chips, args.out, device=device, precision=args.precision, tta=tta,
                           batch_size=args.batch, n_pictures=args.pictures, nodata_months=args.nodata_months,
-                          backbone=args.backbone, compile=args.compile)
+                          backbone=args.backbone, compile=args.compile,
+                          cuda_graphs=args.cuda_graphs)
     finally:
         leave()
     if rank() == 0:
