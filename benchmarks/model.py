@@ -169,8 +169,9 @@ def inference(recorder: Recorder, models: Models, setup: Setup, flop: Flop, args
     of["folded and compiled"] = folded
     if setup.device.type == "cuda":
         of["folded, compiled, CUDA graphs"] = Graphed(folded)
-    variants = [Variant(name, _forward(model, batch, setup), resident=_resident(folded if isinstance(model, Graphed) else model, training=False),
-                        work={"chips": setup.batch, "flop": flop.chips(setup.batch, setup.batch * T)})
+    work = {"chips": setup.batch, "flop": flop.chips(setup.batch, setup.batch * T)}
+    variants = [Variant(name, _forward(model, batch, setup), work=work,
+                        resident=_resident(folded if isinstance(model, Graphed) else model, training=False))
                 for name, model in of.items()]
     recorder.group("inference", variants, n=args.n, warmup=3)
 
