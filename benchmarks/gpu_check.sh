@@ -66,6 +66,7 @@ stage pack 90 "$python" launch/prepare.py pack --data "$work/data" --out "$work/
 stage gpu-tests 150 bash -c '"$0" benchmarks/harness.py environment --device gpu > /dev/null &&
   exec "$0" -m pytest -q -p no:cacheprovider -m gpu tests' "$python"
 stage attention 60 "$python" benchmarks/attention.py --device gpu --out "$results/attention.jsonl"
+stage same-padding 30 "$python" benchmarks/same_padding.py --device gpu --out "$results/same_padding.jsonl"
 stage loader 80 "$python" benchmarks/loader.py --device gpu --data "$work/data" --packed "$work/store" --n 3 \
   --modes "full augmentation" "without augmentation" --out "$results/loader.jsonl"
 stage model 170 "$python" benchmarks/model.py --device gpu --n 5 --out "$results/model.jsonl"

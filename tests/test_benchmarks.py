@@ -174,7 +174,7 @@ def test_a_cut_off_run_leaves_what_it_had(clock: Clock, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("script", ["attention", "model", "loader"])
+@pytest.mark.parametrize("script", ["attention", "model", "loader", "same_padding"])
 def test_without_a_gpu_it_says_so(script: str) -> None:
     if script == "loader":
         pytest.importorskip("cv2", reason="needs opencv-python-headless")
@@ -228,8 +228,9 @@ def run_script(script: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("attention",), ("model", "--parts", "training"), ("model", "--parts", "inference"),
-                                   ("model", "--parts", "stages"), ("model", "--parts", "months"), ("loader",),
+@pytest.mark.parametrize("words", [("attention",), ("same_padding",), ("model", "--parts", "training"),
+                                   ("model", "--parts", "inference"), ("model", "--parts", "stages"),
+                                   ("model", "--parts", "months"), ("loader",),
                                    ("loader", "--cold", "--modes", "without augmentation")],
                          ids="-".join)
 def test_it_runs(words: tuple[str, ...], tmp_path: Path) -> None:
