@@ -53,6 +53,8 @@ def compile_regions(model: BiomassUNet, zero_stage: int = 0, backend: str | Call
     for the batch they see.  Month attention is left alone: it is one operator already, and so is the head.  At
     ZeRO-3 nothing is compiled: its hooks gather and release weights inside the blocks.
 
+    In a compiled block a strided convolution's SAME padding is part of the kernel that normalises before it.
+
     Compiled code is kept in TORCHINDUCTOR_CACHE_DIR, by default under ~/.cache, so that a second start only loads it.
     """
     found = list(regions(model))

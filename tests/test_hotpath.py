@@ -4,6 +4,7 @@ blocks, the copy for inference, flips in one batch; and a run on two ranks with 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from engine.compilation import checkpoint_regions, compile_regions, regions
@@ -189,6 +191,21 @@ def test_compiled_blocks_take_any_number_of_months_in_one_graph(monkeypatch: pyt
     with torch.no_grad():
         torch.testing.assert_close(copied.eval()(noise().double()), plain.eval()(noise().double()))
     assert len(graphs) == after_first
+
+
+@pytest.mark.slow
+def test_inductor_pads_while_it_normalises() -> None:
+    """SAME padding of a strided depthwise convolution takes no pass of its own in a compiled block."""
+    from torch._inductor.utils import run_and_get_code
+
+    block = BiomassUNet("tf_efficientnetv2_b0", WIDTHS).encoder.model.get_submodule("blocks.3.0").train()
+    assert isinstance(block.conv_dw, Conv2dSame)
+    block.compile()
+    images = torch.rand(2, block.conv_pw.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, codes = run_and_get_code(block, images.requires_grad_())
+    kernels = {name for code in codes for name in re.findall(r"cpp_fused_\w+", code) if "constant_pad" in name}
+    assert kernels and all("batch_norm" in name and "silu" in name for name in kernels)
 
 
 def test_at_zero_3_nothing_is_compiled_and_it_says_so() -> None:
