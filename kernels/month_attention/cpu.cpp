@@ -18,6 +18,9 @@
 #include <new>
 #include <utility>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -29,7 +32,6 @@ constexpr int VECTOR_BYTES = 32, ROWS = 4;
 constexpr int VECTOR_BYTES = 16, ROWS = 4;
 #endif
 constexpr int64_t BLOCK_BYTES = 192 << 10;  // of one scratch matrix; the backward holds three, a core's L2 is 1 MB
-constexpr int GROUP = 4;  // rows the layer's tail runs on at once: one row's chain of operations would wait on itself
 constexpr int64_t DEPTH = 160;  // rows a product over rows takes at a time: its panel stays in the L1 cache
 
 template <typename T> struct Simd;
@@ -42,17 +44,20 @@ template <typename T> constexpr int PANEL = 2 * LANES<T>;
 
 template <typename T> Vec<T> load(const T* p) { Vec<T> v; std::memcpy(&v, p, sizeof v); return v; }
 template <typename T> void store(T* p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
-// Adds a vector's lanes by halves: log2 steps, where a loop over lanes waits for each addition.
-template <typename V, size_t... I> auto low_half(V v, std::index_sequence<I...>) {
-    return __builtin_shufflevector(v, v, I...);
+// The sums of LANES vectors, one a lane. Each step adds halves of groups of GROUP lanes, two vectors to one: two to three
+// instructions a sum, where one alone is a chain of ten.
+template <size_t GROUP, typename V, size_t... I> V add_halves(V a, V b, std::index_sequence<I...>) {
+    constexpr size_t lanes = sizeof...(I), half = GROUP / 2;
+    return __builtin_shufflevector(a, b, (I % GROUP < half ? I : lanes + I - half)...) +
+           __builtin_shufflevector(a, b, (I % GROUP < half ? I + half : lanes + I)...);
 }
-template <typename V, size_t... I> auto high_half(V v, std::index_sequence<I...>) {
-    return __builtin_shufflevector(v, v, (I + sizeof...(I))...);
-}
-template <typename T, typename V> T sum(V v) {
-    constexpr size_t half = sizeof(V) / sizeof(T) / 2;
-    if constexpr (half == 1) return v[0] + v[1];
-    else return sum<T>(low_half(v, std::make_index_sequence<half>()) + high_half(v, std::make_index_sequence<half>()));
+template <typename T, size_t GROUP = LANES<T>> Vec<T> lane_sums(Vec<T>* v) {
+    if constexpr (GROUP == 1) return v[0];
+    else {
+        for (size_t i = 0; i < GROUP / 2; ++i)
+            v[i] = add_halves<GROUP>(v[i], v[i + GROUP / 2], std::make_index_sequence<LANES<T>>());
+        return lane_sums<T, GROUP / 2>(v);
+    }
 }
 
 // Zeroed scratch on a cache line, freed with its owner.
@@ -77,20 +82,28 @@ inline Vec<double> absolute(Vec<double> v) { return v < 0 ? -v : v; }
 
 // Φ(−t) and φ(t) for t ≥ 0. In float32, Φ(−t) = 2^−P(t) as in triton_math.py (error 4e-8).
 inline Vec<float> exp2_negative(Vec<float> x) {
+#if defined(__AVX512F__)
+    const Vec<float> whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
     x = x < -126.f ? Vec<float>{} - 126.f : x;
-    const Vec<float> shifted = x + 12582912.f;  // 1.5·2^23: rounds to an integer, left in the low bits
-    const Vec<float> f = x - (shifted - 12582912.f);
+    const Vec<float> shifted = x + 12582912.f, whole = shifted - 12582912.f;  // 1.5·2^23: leaves an integer's low bits
+#endif
+    const Vec<float> f = x - whole;
     Vec<float> p = f * 1.327646430581808e-3f + 9.675541892647743e-3f;  // 2^f, relative error 8e-8
     p = p * f + 5.550713464617729e-2f;
     p = p * f + 2.4022120237350464e-1f;
     p = p * f + 6.931469440460205e-1f;
     p = p * f + 1.0000001192092896f;
-    Int bits, power;
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, whole);
+#else
+    Int bits;
     std::memcpy(&bits, &shifted, sizeof bits);
-    power = (bits << 23) + 0x3f800000;
+    bits = (bits << 23) + 0x3f800000;
     Vec<float> scale;
-    std::memcpy(&scale, &power, sizeof scale);
+    std::memcpy(&scale, &bits, sizeof scale);
     return p * scale;
+#endif
 }
 inline Vec<float> tail(Vec<float> t) {
     Vec<float> p = t * 2.276000259371358e-06f - 3.2969448511721566e-05f;
@@ -106,8 +119,11 @@ inline Vec<float> tail(Vec<float> t) {
 inline Vec<float> density(Vec<float> t) {
     return exp2_negative(t * t * -0.7213475204444817f - 1.3257480647361592f);
 }
-inline float exponential(float x) { return exp2_negative(Vec<float>{} + x * 1.44269504f)[0]; }  // x ≤ 0
-inline double exponential(double x) { return std::exp(x); }
+inline Vec<float> exponential(Vec<float> x) { return exp2_negative(x * 1.44269504f); }  // x ≤ 0
+inline Vec<double> exponential(Vec<double> x) {
+    for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
 inline Vec<double> tail(Vec<double> t) {
     for (int i = 0; i < LANES<double>; ++i) t[i] = 0.5 * std::erfc(t[i] * M_SQRT1_2);
     return t;
@@ -199,7 +215,7 @@ std::vector<Task> plan(const int32_t* segments, int64_t chips, int64_t pixels, i
         const int64_t step = std::max<int64_t>(std::min(fit, pixels), 1);
         for (int64_t p = 0; p < pixels; p += step)
             tasks.push_back({chip, segments[chip], months, p, std::min(step, pixels - p)});
-        *most_rows = std::max(*most_rows, round_up(months * step, ROWS));
+        *most_rows = std::max(*most_rows, round_up(months * step, std::max(ROWS, LANES<T>)));
     }
     return tasks;
 }
@@ -226,10 +242,15 @@ template <typename T> void first_layer(const Layer<T>& layer, const Task& task, 
               round_up(task.months * task.count, ROWS), layer.d, layer.panels, false);
 }
 
-template <typename T> T inverse_deviation(const Layer<T>& layer, const T* h) {
-    Vec<T> square{};
-    for (int64_t j = 0; j < layer.dp; j += LANES<T>) square += load(h + j) * load(h + j);
-    return 1 / std::sqrt(sum<T>(square) / layer.d + layer.eps);
+// One over the standard deviations of LANES rows, one a lane.
+template <typename T> Vec<T> inverse_deviations(const Layer<T>& layer, const T* h) {
+    Vec<T> square[LANES<T>] = {};
+    for (int i = 0; i < LANES<T>; ++i)
+        for (int64_t j = 0; j < layer.dp; j += LANES<T>)
+            square[i] += load(h + i * layer.dp + j) * load(h + i * layer.dp + j);
+    Vec<T> variance = lane_sums<T>(square) / T(layer.d) + layer.eps;
+    for (int i = 0; i < LANES<T>; ++i) variance[i] = 1 / std::sqrt(variance[i]);
+    return variance;
 }
 
 template <typename T>
@@ -241,41 +262,52 @@ void forward(const T* features, const int32_t* segments, int64_t images, int64_t
     if (hidden) std::memset(hidden + covered, 0, (images * pixels * d - covered) * sizeof(T));
 #pragma omp parallel num_threads(threads)
     {
-        Buffer<T> x(most_rows * dp), h(most_rows * dp), logits(most_rows), mean(dp);
+        Buffer<T> x(most_rows * dp), h(most_rows * dp), logits(most_rows + LANES<T>), share(most_rows * LANES<T>);
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < int64_t(tasks.size()); ++job) {
             const Task& task = tasks[job];
             gather(features, pixels, d, task, x.data, dp);
             first_layer<T>(layer, task, x, h);
             if (hidden) scatter<T>(h, dp, hidden, pixels, d, task);
-            for (int64_t r = 0; r < task.months * task.count; r += GROUP) {
-                const T* row = h + r * dp;
-                T norm[GROUP];
-                Vec<T> logit[GROUP] = {};
-                for (int i = 0; i < GROUP; ++i) norm[i] = inverse_deviation(layer, row + i * dp);
-                for (int64_t j = 0; j < dp; j += LANES<T>) {
-                    const Vec<T> scale = load(layer.scale + j), shift = load(layer.shift + j), out = load(layer.out + j);
-                    for (int i = 0; i < GROUP; ++i) {
-                        const Vec<T> u = load(row + i * dp + j) * norm[i] * scale + shift, t = absolute(u);
-                        logit[i] += ((u + t) * T(0.5) - t * tail(t)) * out;  // GELU = max(u, 0) − |u|·Φ(−|u|)
+            for (int64_t r = 0; r < task.months * task.count; r += LANES<T>) {
+                const Vec<T> norm = inverse_deviations(layer, h + r * dp);
+                Vec<T> logit[LANES<T>] = {};
+                for (int i = 0; i < LANES<T>; ++i)
+                    for (int64_t j = 0; j < dp; j += LANES<T>) {
+                        const Vec<T> n = load(h + (r + i) * dp + j) * norm[i];
+                        const Vec<T> u = n * load(layer.scale + j) + load(layer.shift + j), t = absolute(u);
+                        const Vec<T> y = (u + t) * T(0.5) - t * tail(t);  // GELU = max(u, 0) − |u|·Φ(−|u|)
+                        logit[i] += y * load(layer.out + j);
+                    }
+                store(logits + r, lane_sums<T>(logit));
+            }
+            for (int64_t p = 0; p < task.count; p += LANES<T>) {  // a pixel a lane; lanes past the end are not kept
+                const int64_t width = std::min<int64_t>(LANES<T>, task.count - p);
+                const int64_t at = task.chip * pixels + task.pixel + p;
+                Vec<T> top = Vec<T>{} - T(INFINITY), total{};
+                for (int64_t t = 0; t < task.months; ++t) {
+                    const Vec<T> logit = load(logits + t * task.count + p);
+                    top = logit > top ? logit : top;
+                }
+                for (int64_t t = 0; t < task.months; ++t) {
+                    const Vec<T> e = exponential(load(logits + t * task.count + p) - top);
+                    store(share + t * LANES<T>, e);
+                    total += e;
+                }
+                for (int i = 0; i < width; ++i) {
+                    const T inverse = task.months ? 1 / total[i] : 0;
+                    lse[at + i] = task.months ? top[i] + std::log(total[i]) : 0;
+                    for (int64_t j = 0; j < d; j += PANEL<T>) {
+                        Vec<T> mean[2] = {};
+                        for (int64_t t = 0; t < task.months; ++t) {
+                            const T* row = x + (t * task.count + p + i) * dp + j;
+                            mean[0] += share[t * LANES<T> + i] * load(row);
+                            mean[1] += share[t * LANES<T> + i] * load(row + LANES<T>);
+                        }
+                        mean[0] *= inverse, mean[1] *= inverse;
+                        std::memcpy(pooled + (at + i) * d + j, mean, std::min<int64_t>(PANEL<T>, d - j) * sizeof(T));
                     }
                 }
-                for (int i = 0; i < GROUP; ++i) logits[r + i] = sum<T>(logit[i]);
-            }
-            for (int64_t p = 0; p < task.count; ++p) {
-                T top = -INFINITY, total = 0;
-                for (int64_t t = 0; t < task.months; ++t) top = std::max(top, logits[t * task.count + p]);
-                std::memset(mean, 0, dp * sizeof(T));
-                for (int64_t t = 0; t < task.months; ++t) {
-                    const T share = exponential(logits[t * task.count + p] - top);
-                    const T* row = x + (t * task.count + p) * dp;
-                    total += share;
-                    for (int64_t j = 0; j < dp; j += LANES<T>) store(mean + j, load(mean + j) + share * load(row + j));
-                }
-                const int64_t at = task.chip * pixels + task.pixel + p;
-                const T inverse = task.months ? 1 / total : 0;
-                for (int64_t j = 0; j < d; ++j) pooled[at * d + j] = mean[j] * inverse;
-                lse[at] = task.months ? top + std::log(total) : 0;
             }
         }
     }
@@ -293,7 +325,7 @@ void backward(const T* grad, const T* features, const int32_t* segments, const T
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {  // own sums and a fixed share of the tasks: the same bits each time
         Buffer<T> x(most_rows * dp), h(most_rows * dp), dx(most_rows * dp);
-        Buffer<T> g(most_rows * dp), mean(most_rows), y(GROUP * dp), slope(GROUP * dp);
+        Buffer<T> g(most_rows * dp), mean(most_rows), y(LANES<T> * dp), slope(LANES<T> * dp);
         T* d_weight = partial + thread * sums;
         T *d_bias = d_weight + dp * dp, *d_scale = d_bias + dp, *d_shift = d_scale + dp, *d_out = d_shift + dp;
         const int64_t begin = tasks.size() * thread / threads, end = tasks.size() * (thread + 1) / threads;
@@ -305,63 +337,56 @@ void backward(const T* grad, const T* features, const int32_t* segments, const T
             if (hidden) gather(hidden, pixels, d, task, h.data, dp);
             else first_layer<T>(layer, task, x, h);
             copy_rows(grad + at * d, d, g.data, dp, task.count, d);
-            for (int64_t p = 0; p < task.count; ++p) {
-                std::memcpy(y, pooled + (at + p) * d, d * sizeof(T));
-                Vec<T> product{};
-                for (int64_t j = 0; j < dp; j += LANES<T>) product += load(g + p * dp + j) * load(y + j);
-                mean[p] = sum<T>(product);
+            for (int64_t p = 0; p < task.count; p += LANES<T>) {
+                copy_rows(pooled + (at + p) * d, d, y.data, dp, std::min<int64_t>(LANES<T>, task.count - p), d);
+                Vec<T> product[LANES<T>] = {};
+                for (int i = 0; i < LANES<T>; ++i)
+                    for (int64_t j = 0; j < dp; j += LANES<T>)
+                        product[i] += load(g + (p + i) * dp + j) * load(y + i * dp + j);
+                store(mean + p, lane_sums<T>(product));
             }
-            for (int64_t r = 0; r < rows; r += GROUP) {
-                T norm[GROUP], share[GROUP], d_logit[GROUP], part[GROUP];
-                const T* g_row[GROUP];
-                Vec<T> logit[GROUP] = {}, change[GROUP] = {}, along[GROUP] = {};
-                for (int i = 0; i < GROUP; ++i) {
-                    norm[i] = inverse_deviation(layer, h + (r + i) * dp);
-                    g_row[i] = g + (r + i) % task.count * dp;
+            for (int64_t r = 0, next = 0; r < rows; r += LANES<T>) {
+                const Vec<T> norm = inverse_deviations(layer, h + r * dp);
+                const T* g_row[LANES<T>];
+                Vec<T> logit[LANES<T>] = {}, change[LANES<T>] = {}, along[LANES<T>] = {}, log_total{}, expected{};
+                for (int i = 0; i < LANES<T>; ++i) {
+                    g_row[i] = g + next * dp;
+                    log_total[i] = r + i < rows ? lse[at + next] : T(INFINITY);  // a row past the end has no share
+                    expected[i] = mean[next];
+                    next = next + 1 < task.count ? next + 1 : 0;
                 }
-                for (int64_t j = 0; j < dp; j += LANES<T>) {
-                    const Vec<T> scale = load(layer.scale + j), shift = load(layer.shift + j), out = load(layer.out + j);
-                    for (int i = 0; i < GROUP; ++i) {
-                        T* n = h + (r + i) * dp + j;
-                        const Vec<T> nj = load(n) * norm[i], u = nj * scale + shift, t = absolute(u), q = tail(t);
+                for (int i = 0; i < LANES<T>; ++i)
+                    for (int64_t j = 0; j < dp; j += LANES<T>) {
+                        const Vec<T> n = load(h + (r + i) * dp + j) * norm[i];
+                        const Vec<T> u = n * load(layer.scale + j) + load(layer.shift + j), t = absolute(u), q = tail(t);
                         const Vec<T> left = q - t * density(t), yj = (u + t) * T(0.5) - t * q;  // left: the slope at −t
-                        store(n, nj);
+                        const Vec<T> slope_j = u > 0 ? 1 - left : left;
                         store(y + i * dp + j, yj);
-                        store(slope + i * dp + j, u > 0 ? 1 - left : left);
-                        logit[i] += yj * out;
+                        store(slope + i * dp + j, slope_j);
+                        logit[i] += yj * load(layer.out + j);
                         change[i] += load(g_row[i] + j) * load(x + (r + i) * dp + j);
+                        along[i] += slope_j * load(layer.slope_scale + j) * n;
                     }
-                }
-                for (int i = 0; i < GROUP; ++i) {
-                    const int64_t p = (r + i) % task.count;
-                    share[i] = r + i < rows ? exponential(sum<T>(logit[i]) - lse[at + p]) : 0;
-                    d_logit[i] = r + i < rows ? share[i] * (sum<T>(change[i]) - mean[p]) : 0;
-                }
+                const Vec<T> share = exponential(lane_sums<T>(logit) - log_total);
+                const Vec<T> d_logit = share * (lane_sums<T>(change) - expected);
+                const Vec<T> d_normed = d_logit * norm, pull = d_normed * norm * lane_sums<T>(along) / T(d);
                 for (int64_t j = 0; j < dp; j += LANES<T>) {
                     Vec<T> out = load(d_out + j), shift = load(d_shift + j), scale = load(d_scale + j);
-                    const Vec<T> slope_scale = load(layer.slope_scale + j);
-                    for (int i = 0; i < GROUP; ++i) {
-                        const Vec<T> n = load(h + (r + i) * dp + j), du = d_logit[i] * load(slope + i * dp + j);
-                        const Vec<T> dn = du * slope_scale;
-                        out += d_logit[i] * load(y + i * dp + j);
-                        shift += du;
-                        scale += du * n;
-                        along[i] += dn * n;
-                        store(slope + i * dp + j, dn);
-                    }
-                    store(d_out + j, out), store(d_shift + j, shift), store(d_scale + j, scale);
-                }
-                for (int i = 0; i < GROUP; ++i) part[i] = sum<T>(along[i]) / d;
-                for (int64_t j = 0; j < dp; j += LANES<T>) {
                     Vec<T> bias = load(d_bias + j);
-                    for (int i = 0; i < GROUP; ++i) {
-                        T* n = h + (r + i) * dp + j;
-                        const Vec<T> dh = norm[i] * (load(slope + i * dp + j) - load(n) * part[i]);
+                    for (int i = 0; i < LANES<T>; ++i) {
+                        T* row = h + (r + i) * dp + j;
+                        const Vec<T> hidden_j = load(row), slope_j = load(slope + i * dp + j);
+                        const Vec<T> du = d_normed[i] * slope_j;
+                        const Vec<T> dh = du * load(layer.slope_scale + j) - pull[i] * hidden_j;
+                        out += d_logit[i] * load(y + i * dp + j);
+                        shift += d_logit[i] * slope_j;
+                        scale += du * hidden_j;
                         bias += dh;
-                        store(n, dh);
+                        store(row, dh);
                         store(dx + (r + i) * dp + j, share[i] * load(g_row[i] + j));
                     }
-                    store(d_bias + j, bias);
+                    store(d_out + j, out), store(d_shift + j, shift);
+                    store(d_scale + j, scale), store(d_bias + j, bias);
                 }
             }
             matmul<T>(h, dp, 1, layer.backward, PANEL<T>, dp * PANEL<T>, nullptr, dx, dp, round_up(rows, ROWS), d,
