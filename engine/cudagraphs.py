@@ -1,8 +1,9 @@
 """Prediction by CUDA graphs: the host launches one graph a batch, not a thousand kernels.
 
 A graph holds addresses, so there is one for each shape of input: batches are of one size, and those that keep the
-same number of months in all share a graph.  Training has none: DeepSpeed's gradient hooks are Python that runs inside
-the backward, which a graph would not replay.
+same number of months in all share a graph.  Training has none: at ZeRO stages 1 to 3, and at stage 0 with several
+ranks, gradients are sent by hooks, Python inside the backward that a graph would not replay.  With one rank at stage 0
+nothing forbids them; `benchmarks/levers.py` measures what they would gain there.
 """
 
 from __future__ import annotations

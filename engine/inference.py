@@ -34,8 +34,8 @@ def optimize_for_inference(model: BiomassUNet, precision: Precision = "fp32", co
     """A copy of the model in eval mode that gives the same maps with less work.
 
     BatchNorm is folded into the convolution before it (in float64), weights lie channels_last and in `precision`;
-    in bf16 the month attention keeps float32, which its kernel reads once and computes in.  `compile`: its blocks
-    are compiled at the first call, see `engine.compilation.compile_regions`.
+    in bf16 the head and the month attention keep float32.  `compile`: its blocks are compiled at the first call, see
+    `engine.compilation.compile_regions`.
     In fp32 within 1e-4 of the model's own maps, relative to the largest value.  The copy takes images of any
     floating dtype, and is not for training, saving or loading: its tensors have other names.
     """
@@ -46,8 +46,9 @@ def optimize_for_inference(model: BiomassUNet, precision: Precision = "fp32", co
         if isinstance(module, nn.SiLU):
             module.inplace = True
     dtype = DTYPES[precision]
-    for part in (model.encoder, model.decoder, model.segmentation_head):
+    for part in (model.encoder, model.decoder):
         part.to(dtype).to(memory_format=torch.channels_last)
+    model.segmentation_head.to(memory_format=torch.channels_last)
     if dtype != torch.float32:
         model.encoder.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     if compile:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,7 +23,26 @@ class Window:
     def __init__(self, log: RunLog, loader: Loader, progress: Progress, chips_per_step: int):
         self._log, self._loader, self._progress, self._chips = log, loader, progress, chips_per_step
         self.note = ""
+        self._shapes: set[int] = set()
+        self._first: list[float] = []  # the host's seconds in first passes of a shape that were not reported yet
+        self._usual = 0.0  # the same of the latest other pass
         self._clear()
+
+    @contextmanager
+    def shape(self, months: int) -> Iterator[None]:
+        """Around forward and backward of a micro-batch that keeps `months` in all.
+
+        The first pass of a shape makes the host wait for compilers and for cuDNN, which tries out its algorithms;
+        `flush` says how long.
+        """
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        if months in self._shapes:
+            self._usual = seconds
+        else:
+            self._shapes.add(months)
+            self._first.append(seconds)
 
     def _clear(self) -> None:
         self._losses: list[torch.Tensor] = []
@@ -50,7 +71,7 @@ class Window:
             "chips_per_second": len(losses) * self._chips / seconds,
             "data_wait_share": (self._loader.wait - self._waited) / seconds,
             "memory_gib": _peak_memory() / 2**30,
-        }, history=False)
+        })
         self._log.scalars("train", step, {"skipped_updates": float(skipped_before + bad)}, history=False)
         if bad:
             self._progress.say(f"step {step}: {bad} of the last {len(norms)} updates were skipped, their "
@@ -58,6 +79,12 @@ class Window:
         if bad == len(norms) >= 10:
             raise EngineError(f"training has diverged: the last {bad} gradients were not finite; the last good "
                               f"checkpoint is in the run's folder; lower optimizer.lr, or set train.precision: fp32")
+        cost = sum(self._first) - len(self._first) * self._usual
+        if self._first and self._usual and cost > 1:
+            self._log.scalars("tuning", step, {"new_shapes": len(self._first), "seconds": cost})
+            self._progress.say(f"step {step}: {len(self._first)} new shapes of batch took {cost:.1f} s more, "
+                               "for compiling and cuDNN's choice of algorithms")
+            self._first = []
         self.note = f"loss {losses[-1]:.2f}"
         self._clear()
         return bad

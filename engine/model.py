@@ -99,7 +99,10 @@ class BiomassUNet(nn.Module):
     def decode(self, pooled: list[Tensor]) -> Tensor:
         """L maps [B,D,h,w], finest first -> [B,1,H,W]."""
         with self._kept():
-            return self.segmentation_head(self.decoder(pooled))
+            x = self.decoder(pooled)
+            # bfloat16 has 8 bits: above 128 t/ha its steps are 1 to 2 t/ha
+            with torch.autocast(x.device.type, enabled=False):
+                return self.segmentation_head(x.to(self.segmentation_head.weight.dtype))
 
     def _kept(self) -> AbstractContextManager[None]:
         # Not while it is traced as a whole: autograd's hooks would be traced with it

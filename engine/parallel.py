@@ -148,6 +148,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_optimization": {**zero, "stage": train.zero_stage},
     }
     own.setdefault("steps_per_print", 10**9)
+    own.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device twice a step
     if train.precision != "fp32":
         derived["torch_autocast"] = {
             "enabled": True,

@@ -1,4 +1,5 @@
-"""A profiler window over training steps: a trace for TensorBoard or Perfetto, and a table of the top operators."""
+"""A profiler window over training steps: a trace for Perfetto (TensorBoard no longer shows torch's traces), and a table
+of the top operators."""
 
 from __future__ import annotations
 
@@ -59,5 +60,5 @@ class Profile:
         table = self._profiler.key_averages().table(sort_by=order, row_limit=30)
         write_text(self._folder / f"{name}.txt", table)
         print(f"profile of steps {self._window.start}:{last + 1} in {self._folder} (open the trace in "
-              f"https://ui.perfetto.dev or TensorBoard)", flush=True)
+              f"https://ui.perfetto.dev)", flush=True)
         self._window = self._profiler = None

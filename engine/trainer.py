@@ -181,8 +181,9 @@ class Trainer:
             engine.optimizer.override_loss_scale(scale)
         for _ in range(train.accumulate):
             batch = next(batches)
-            loss = self.loss(engine(batch.images, batch.dropped), batch.label)
-            engine.backward(loss if train.zero_stage else loss * scale)
+            with self.window.shape(int((~batch.dropped).sum())):
+                loss = self.loss(engine(batch.images, batch.dropped), batch.label)
+                engine.backward(loss if train.zero_stage else loss * scale)
             losses.append(loss.detach())
             if engine.is_gradient_accumulation_boundary() and train.zero_stage == 0:
                 norm = self._clip(scale)
@@ -246,6 +247,8 @@ class Trainer:
     def _engine(self, model: BiomassUNet) -> Any:
         model.to(self.device)
         train = self.config.train
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # numbers of kept months make about ten shapes; the log says the cost
         if train.compile is True or (train.compile == "auto" and self.device.type == "cuda"):
             self._say(f"train.compile: {compile_regions(model, train.zero_stage)}")
         if train.checkpoint_activations:
@@ -255,6 +258,8 @@ class Trainer:
                                           dist_init_required=False)
         if train.precision == "fp16":
             take_over(engine)
+        if train.zero_stage == 0 and world() == 1:
+            engine.enable_backward_allreduce = False  # it would flatten, "reduce" and copy back every gradient
         return engine
 
     def _loader(self, batch_size: int, warp: bool) -> Loader:

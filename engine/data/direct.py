@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import threading
 import weakref
 from collections import deque
@@ -36,15 +37,16 @@ class Direct:
     Raises DeviceError where the kernel cannot be built.
     """
 
-    def __init__(self, source: PackedSource, batch_size: int, *, threads: int, ahead: int, warp: bool, pinned: bool):
+    def __init__(self, source: PackedSource, batch_size: int, *, threads: int, ahead: int, warp: bool,
+                 page_locked: bool):
         try:
             packed_chip.images(), packed_chip.label(), _inflate()
         except (RuntimeError, OSError, AttributeError) as error:
             raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; install a C++ compiler (GCC 12 "
                               f"or newer, or clang), or set data.path to the TIFFs") from None
         self._source, self._batch_size, self._threads = source, batch_size, threads
-        self._ahead, self._warp, self._pinned = ahead, warp, pinned
-        self._slabs = _Slabs()
+        self._ahead, self._warp = ahead, warp
+        self._slabs = _Slabs(page_locked)
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Produced]:
         """Raises DataError from the reading of a chip."""
@@ -62,17 +64,10 @@ class Direct:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, pool: ThreadPoolExecutor, batch: list[Request]) -> _Pending:
-        images, label = self._memory()
+        shape = self._batch_size, T, TILE, TILE, C
+        images, label = self._slabs.tensor(shape), self._slabs.tensor((self._batch_size, TILE, TILE))
         kept = [pool.submit(self._decode, request, images[b], label[b]) for b, request in enumerate(batch)]
         return _Pending(batch, kept, images, label)
-
-    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        shapes = (self._batch_size, T, TILE, TILE, C), (self._batch_size, TILE, TILE)
-        if self._pinned:  # torch keeps such memory itself, and knows when a copy to the device has ended
-            images, label = (torch.empty(shape, pin_memory=True) for shape in shapes)
-        else:
-            images, label = map(self._slabs.tensor, shapes)
-        return images, label
 
     def _decode(self, request: Request, images: torch.Tensor, label: torch.Tensor) -> int:
         """How many months the chip keeps."""
@@ -113,19 +108,33 @@ class _Pending(NamedTuple):
 
 class _Slabs:
     """Host memory for batches, used again when nobody holds a batch's tensors any more: fresh pages of this size cost
-    as much as filling them.  Kept as long as the loader, so that a short epoch (a validation) finds them too."""
+    as much as filling them.  Kept as long as the loader, so that a short epoch (a validation) finds them too.
 
-    def __init__(self) -> None:
+    `page_locked`: for copies to a GPU that do not wait.  torch's own allocator of such memory would round a batch of
+    755 MB up to 1 GiB.
+    """
+
+    def __init__(self, page_locked: bool) -> None:
+        self._page_locked = page_locked
         self._free: dict[int, list[np.ndarray]] = {}
 
     def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Uninitialised float32."""
         size = int(np.prod(shape))
         free = self._free.setdefault(size, [])
-        slab = free.pop() if free else np.empty(size, np.float32)
+        slab = free.pop() if free else _locked(size) if self._page_locked else np.empty(size, np.float32)
         lease = slab[:]  # an object of its own, which lives as long as the tensor's storage
         weakref.finalize(lease, free.append, slab).atexit = False
         return torch.from_numpy(lease).view(shape)
+
+
+def _locked(size: int) -> np.ndarray:
+    """[size] float32 on pages of their own, which CUDA keeps in place as long as the array lives."""
+    slab = np.frombuffer(mmap.mmap(-1, size * 4), np.float32)
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(slab.ctypes.data, slab.nbytes, 0))
+    weakref.finalize(slab, runtime.cudaHostUnregister, slab.ctypes.data).atexit = False
+    return slab
 
 
 class _Scratch(NamedTuple):

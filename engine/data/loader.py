@@ -17,6 +17,7 @@ import torch
 from engine.data import pipeline
 from engine.data.bands import T
 from engine.data.direct import Direct
+from engine.data.handoff import MOST, Handoff
 from engine.data.index import Chip
 from engine.data.packed import DIRECT, PackedSource
 from engine.data.request import Produced, Producer, Request
@@ -53,12 +54,12 @@ class Loader:
             raise DeviceError("data.backend gpu: this machine has no CUDA device; set data.backend: cpu "
                               "(and train.device: cpu)")
         self.wait = 0.0
-        self._device, self._dtype = device, DTYPES[precision]
+        self._dtype, self._handoff = DTYPES[precision], Handoff(device)
         self._producer: Producer
         if source.form == DIRECT:
             assert isinstance(source, PackedSource)
             self._producer = Direct(source, batch_size, threads=readers, ahead=prefetch, warp=warp,
-                                    pinned=device.type == "cuda")
+                                    page_locked=device.type == "cuda")
         else:
             self._producer = Piped(source, batch_size, device=device, gpu=backend == "gpu", half=precision != "fp32",
                                    warp=warp, readers=readers, threads=threads, prefetch=prefetch)
@@ -70,33 +71,32 @@ class Loader:
         of an abandoned iteration would come first in the next.
         """
         produced = self._producer.batches(requests)
-        while True:
-            start = time.perf_counter()
-            made = next(produced, None)
-            if made is None:
-                return
-            batch = self._batch(made)
-            del made  # its memory is used again when the consumer has dropped the batch
-            self.wait += time.perf_counter() - start
-            yield batch
-            del batch
+        try:
+            while True:
+                start = time.perf_counter()
+                with self._handoff.stream():
+                    made = next(produced, None)
+                if made is None:
+                    return
+                batch = self._batch(made)
+                del made  # its memory is used again when the consumer has dropped the batch
+                self.wait += time.perf_counter() - start
+                yield batch
+                del batch
+        finally:
+            self._handoff.drain()
 
     def _batch(self, made: Produced) -> Batch:
-        dropped = np.arange(T) >= np.array(made.kept)[:, None]
-        return Batch(
-            # Moved, then converted: the other way round a host array is converted here, and copied while we wait
-            images=made.images.to(self._device, non_blocking=True).to(self._dtype).permute(0, 1, 4, 2, 3),
-            dropped=torch.from_numpy(dropped),
-            label=made.label.to(self._device, non_blocking=True),
-            rows=self._put(torch.tensor([request.row for request in made.requests])),
-            valid=self._put(torch.tensor([request.valid for request in made.requests])),
-            chips=[request.chip for request in made.requests],
-        )
+        dropped = torch.from_numpy(np.arange(T) >= np.array(made.kept)[:, None])
+        chips = [request.chip for request in made.requests]
+        images, label, rows, valid = self._handoff.take(made, self._read)
+        return Batch(images.permute(0, 1, 4, 2, 3), dropped, label, rows, valid, chips)
 
-    def _put(self, small: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda":
-            small = small.pin_memory()  # or the copy would wait for the device
-        return small.to(self._device, non_blocking=True)
+    def _read(self, made: Produced) -> list[torch.Tensor]:
+        hand, requests = self._handoff, made.requests
+        return [hand.own(made.images, self._dtype), hand.own(made.label),
+                hand.small([request.row for request in requests]),
+                hand.small([request.valid for request in requests])]
 
 
 class Piped:
@@ -116,7 +116,7 @@ class Piped:
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Produced]:
         ahead = ReadAhead(self._source, self._tell(requests), self._readers, depth=self._prefetch + 1,
-                          hold=self._prefetch + 2)
+                          hold=self._prefetch + MOST + 1)
         self._ready = iter(ahead)
         try:
             while True:
@@ -152,7 +152,7 @@ class Piped:
         return *arrays, matrices, [np.array(self._turn(request) is None) for request in requests]
 
     def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        outputs = self._pipe.run(cuda_stream=stream) if stream else self._pipe.run()
+        stream = torch.cuda.current_stream(self._device) if self._gpu else None
+        outputs = self._pipe.run(stream)  # by its place: DALI takes names for inputs of the pipeline
         images, label = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         return images, label

@@ -26,28 +26,35 @@ import nvidia.dali.fn as fn
 from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
-from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, TILE, C, T
+from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, C, T
 from engine.data.store import CODE_NODATA, CODES_LOW, CODES_SPAN, PLANE
+from engine.errors import ConfigError
 
 _GROUPS = ((0, 4), (4, 8), (8, 12), (12, 15))  # of all bands
 _S2_GROUPS = ((0, 4), (4, 8), (8, 11))  # of Sentinel-2's alone
 
 
 class Form(NamedTuple):
-    """A stored form: the layouts of the arrays that its source gives."""
+    """A stored form: the layouts of the arrays that its source gives, and how many blocks a chip has at most where
+    they are inflated on a GPU."""
 
     layouts: tuple[str, ...]
-    gpu_only: bool = False
+    blocks: int = 0
+
+    @property
+    def gpu_only(self) -> bool:
+        return self.blocks > 0
 
 
 FORMS = {
     # s1 float32 dB and s2 uint16 as in the TIFFs, label
     "stack": Form(("FHWC", "FHWC", "HWC")),
     # bytes, then offsets and sizes of the blocks of: all bands, label
-    "blocks": Form(("",) * 5, gpu_only=True),
+    "blocks": Form(("",) * 5, blocks=T * C * S2.dtype.itemsize),
     # the same, of: s1 in float32, s2, label
-    "blocks_float": Form(("",) * 7, gpu_only=True),
+    "blocks_float": Form(("",) * 7, blocks=T * max(len(s.bands) * s.dtype.itemsize for s in SENSORS)),
 }
+MOST_BLOCKS = 65_535  # that DALI 2.4 inflates at once: what fills them up is a grid of one row, a column a block
 
 
 Feed = Callable[[], tuple[list[np.ndarray], ...]]
@@ -70,8 +77,16 @@ def build(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
 
 def define(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
            threads: int, prefetch: int, half: bool, warp: bool) -> Pipeline:
-    """The pipeline before it is built, which a machine without a GPU can do for one."""
+    """The pipeline before it is built, which a machine without a GPU can do for one.
+
+    Raises ConfigError for a batch of more blocks than DALI inflates at once.
+    """
     gpu = device_id is not None
+    blocks = FORMS[form].blocks
+    if blocks * batch_size > MOST_BLOCKS:
+        raise ConfigError(f"a batch of {batch_size} packed chips has {blocks * batch_size:,} blocks, and DALI inflates "
+                          f"at most {MOST_BLOCKS:,} at once on a GPU: give at most {MOST_BLOCKS // blocks} chips "
+                          f"(train.micro_batch, validate.micro_batch, --batch)")
     if FORMS[form].gpu_only and not gpu:
         raise ValueError(f"form {form!r} is inflated on a GPU")
     return _graph(feed, form, gpu, warp, DALIDataType.FLOAT16 if half else DALIDataType.FLOAT,
