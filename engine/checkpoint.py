@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from engine.parallel import barrier, rank
 STATE = "state.json"
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint on all ranks, then remove all but the newest `keep`."""
+def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int,
+         first: Callable[[], None] = lambda: None) -> Path:
+    """Write a checkpoint on all ranks, then remove all but the newest `keep`.
+
+    first: called on rank 0 before the checkpoint counts: what a resume will expect to be there.
+    """
     final = folder / f"step-{step:08d}"
     part = folder / f".{final.name}.part"
     if rank() == 0:
@@ -31,6 +36,7 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], keep: int)
     engine.save_checkpoint(str(folder), tag=part.name, save_latest=False)
     barrier()
     if rank() == 0:
+        first()
         (part / STATE).write_text(json.dumps(state))
         for path in part.rglob("*"):
             if path.is_file():

@@ -6,7 +6,9 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from engine.errors import EngineError
 
@@ -21,11 +23,35 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
     args = parser.parse_args()
     try:
         code = run(args)
+        _ranks("leave")
     except EngineError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
         code = STOPPED if type(error).__name__ == "Stopped" else 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        _say(parser, error)
+        _ranks("leave") if code == STOPPED else _ranks("abandon", error)
+    except KeyboardInterrupt as error:
         code = 130
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        _ranks("abandon", error)
+    except Exception as error:
+        code = 1
+        reason = _ranks("abandon", error)
+        if reason is not None:  # this rank only noticed
+            code = 2
+            print(f"{parser.prog}: stopped by {reason}", file=sys.stderr, flush=True)
+        elif reason is None:
+            traceback.print_exc()
     sys.stdout.flush()
+    sys.stderr.flush()
+    if code and code != STOPPED and _ranks("world") not in (None, 1):
+        os._exit(code)  # what Python ends by itself would wait for ranks that have left
     sys.exit(code)
+
+
+def _say(parser: argparse.ArgumentParser, error: EngineError) -> None:
+    print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+
+
+def _ranks(call: str, *args: object) -> Any:
+    """A function of `engine.parallel`, where this process has anything to do with other ranks."""
+    parallel = sys.modules.get("engine.parallel")
+    return getattr(parallel, call)(*args) if parallel is not None else None

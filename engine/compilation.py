@@ -46,12 +46,17 @@ def _blocks(parent: nn.Module) -> Iterator[nn.Module]:
                 yield from _blocks(child)
 
 
-def compile_regions(model: BiomassUNet, zero_stage: int = 0, backend: str | Callable[..., Any] = "inductor") -> str:
+def compile_regions(model: BiomassUNet, zero_stage: int = 0, backend: str | Callable[..., Any] = "inductor", *,
+                    any_number: bool = True, options: dict[str, Any] | None = None) -> str:
     """Have torch.compile compile every region at its first call.  Returns what is compiled and what is not.
 
     The encoder's regions take any number of images, as kept months vary from batch to batch; the decoder's are made
     for the batch they see.  Month attention is left alone: it is one operator already, and so is the head.  At
     ZeRO-3 nothing is compiled: its hooks gather and release weights inside the blocks.
+
+    any_number: False makes a graph of its own for every number of images instead, each of which takes as long to
+        compile as the one.
+    options: of torch.compile, for Inductor.
 
     In a compiled block a strided convolution's SAME padding is part of the kernel that normalises before it.
 
@@ -66,8 +71,8 @@ def compile_regions(model: BiomassUNet, zero_stage: int = 0, backend: str | Call
     decoder = set(model.decoder.blocks)
     model.keep_less = False  # Inductor decides what a compiled block keeps
     for region in found:
-        region.compile(backend=backend)
-        if region not in decoder:
+        region.compile(backend=backend, dynamic=None if any_number else False, options=options)
+        if any_number and region not in decoder:
             _wrap(region, _any_number_of_images)
     kinds = len({type(region) for region in found})
     return f"{len(found)} blocks of {kinds} kinds are compiled; month attention and the head are single operators"

@@ -8,6 +8,7 @@ typo never trains in silence.  Every field is documented where it stands, below.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,10 +58,12 @@ class Data(Section):
     overfit: bool = False  # train and validate on all chips: to see that a model can learn at all
     nodata_months: Literal["fail", "mask"] = "fail"  # months whose files hold no value: an error, or left out
     backend: Literal["auto", "cpu", "gpu"] = "auto"  # where batches are made; auto: where the model is
-    readers: Positive = 4  # threads that read files ahead; a packed store on a CPU they decode, too
-    threads: Positive = 2  # threads of DALI's CPU operators (TIFFs and lossless stores)
+    # Threads of a host, shared by its ranks; auto: one a core, at most 8 a rank.  Readers read files ahead and decode
+    # packed stores on a CPU; threads are of DALI's CPU operators (TIFFs and lossless stores)
+    readers: Positive | Literal["auto"] = "auto"
+    threads: Positive | Literal["auto"] = "auto"
     prefetch: Positive = 2  # batches prepared ahead
-    cache_gb: Annotated[float, Field(ge=0)] = 0.0  # memory, for each process, to keep stored chips in
+    cache_gb: Annotated[float, Field(ge=0)] = 0.0  # memory, of each rank, to keep stored chips in
     bad_chips: Literal["fail", "quarantine"] = "fail"  # quarantine: check all before the first step, leave bad ones out
     verify: bool = False  # check sizes and checksums of every file before the first step
 
@@ -119,8 +122,10 @@ class Phase(Section):
 
 
 class Train(Section):
-    micro_batch: Positive = 8  # chips a rank and forward pass
-    accumulate: Positive = 1  # micro-batches a step
+    global_batch: Positive = 16  # chips a step, over all ranks
+    # Chips a rank and forward pass, which is also what BatchNorm sees as one batch; the global batch is made of as many
+    # as it takes.  auto: all of a rank's share, or as much of it as fits into memory
+    micro_batch: Positive | Literal["auto"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast; parameters stay float32
     zero_stage: Literal[0, 1, 2, 3] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where there is one
@@ -128,11 +133,13 @@ class Train(Section):
     # gains nothing over the model's own lean operators (benchmarks/results/model-cpu.md)
     compile: bool | Literal["auto"] = "auto"
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are recomputed in the backward
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between ranks
+    timeout_s: Positive = 600  # how long ranks wait for one another before they call one lost
 
 
 class Validate(Section):
     every: Positive = 1  # epochs; the last one of a phase always
-    micro_batch: Positive | None = None  # null: train.micro_batch
+    micro_batch: Positive | None = None  # chips a rank and forward pass; null: as in training
     tta: list[Literal["id", "h", "v", "hv"]] = ["id"]
 
 
@@ -189,7 +196,7 @@ def parse_config(raw: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item) for item in _joined(error.errors())]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
@@ -238,6 +245,21 @@ def _override(raw: dict[str, Any], item: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {item}: the value is not YAML: {error}") from None
+
+
+def _joined(errors: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """A key that takes one of several kinds of value fails once for each: together they are one error."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for error in errors:
+        last = error["loc"][-1] if error["loc"] else ""
+        kinds = isinstance(last, str) and error["type"] not in ("extra_forbidden", "missing") and \
+            (last in ("bool", "int", "float", "str") or "[" in last or "-" in last)  # a kind's name, not a key's
+        place = error["loc"][:-1] if kinds else error["loc"]
+        if kinds and place in found:
+            found[place]["msg"] += f", or {error['msg'].removeprefix('Input should be ')}"
+        else:
+            found[(*place, error["type"]) if not kinds else place] = {**error, "loc": place}
+    yield from found.values()
 
 
 def _explain(error: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from engine.config import Config
-from engine.data.plan import Sharding
+from engine.cut import cut, explain, memory_need
 from engine.errors import DataError
 from engine.losses import make_loss
 from engine.model import BiomassUNet, parameter_counts
@@ -27,17 +27,19 @@ def _lines(config: Config) -> Iterator[str]:
     yield "# recipe"
     yield yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True).rstrip()
     yield "\n# DeepSpeed"
-    yield json.dumps(deepspeed_config(config, world()), indent=2)
+    sharding = cut(config, world(), rank())
+    yield json.dumps(deepspeed_config(config, sharding), indent=2)
     make_loss(config.loss.name, **config.loss.options)
     with torch.device("meta"):
         model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels)
     counts = parameter_counts(model)
     yield "\n# parameters"
     yield "\n".join(f"{name:10} {count / 1e6:8.2f} M" for name, count in counts.items())
+    need = memory_need(config)
+    yield (f"memory     {need.fixed / 2**30:.2f} GiB, and {need.chip / 2**30:.2f} GiB a chip of a micro-batch at most "
+           f"(estimated)")
     yield "\n# steps"
-    sharding = Sharding(config.train.micro_batch, config.train.accumulate, world(), rank())
-    yield (f"a step: {sharding.global_batch} chips = {config.train.micro_batch} × {config.train.accumulate} "
-           f"accumulated × {world()} ranks")
+    yield explain(sharding, config)
     try:
         train, validation = select_chips(config)
     except DataError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,21 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def hard_link(path: Path, others: Iterable[Path]) -> None:
+    """The whole file `path` under other names too, each exchanged at once; a copy where the disk knows no links."""
+    for other in others:
+        beside = other.with_name(f".{other.name}.{os.getpid()}.part")
+        beside.unlink(missing_ok=True)
+        try:
+            beside.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, beside)
+            fsync(beside)
+        beside.replace(other)
+        beside.unlink(missing_ok=True)  # which stays where both were one file already
+        fsync(other.parent)
 
 
 def fsync(path: Path) -> None:

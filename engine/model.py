@@ -101,7 +101,7 @@ class BiomassUNet(nn.Module):
         with self._kept():
             x = self.decoder(pooled)
             # bfloat16 has 8 bits: above 128 t/ha its steps are 1 to 2 t/ha
-            with torch.autocast(x.device.type, enabled=False):
+            with _without_autocast(x.device.type):
                 return self.segmentation_head(x.to(self.segmentation_head.weight.dtype))
 
     def _kept(self) -> AbstractContextManager[None]:
@@ -134,6 +134,11 @@ class BiomassUNet(nn.Module):
         if dropped is not None and (dropped.shape != images.shape[:2] or dropped.dtype != torch.bool):
             raise DataError(f"dropped must be bool {list(images.shape[:2])}, "
                             f"not {dropped.dtype} {list(dropped.shape)}")
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device)  # not on the meta device, where operations are counted
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def parameter_counts(model: BiomassUNet) -> dict[str, int]:

@@ -1,27 +1,36 @@
-"""Processes and devices: joining the others, agreeing with them, and the DeepSpeed config of a recipe."""
+"""Processes and devices: joining the others, acting together with them, and the DeepSpeed config of a recipe."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
-from typing import Any
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from engine import launchers
 from engine.config import Config
-from engine.errors import ConfigError, DeviceError
+from engine.data.plan import Sharding
+from engine.errors import ConfigError, DeviceError, EngineError
+from engine.launchers import Place
+from engine.watch import Watch
 
 # Keys of a `deepspeed:` block that the engine derives, and where to set them instead
 _DERIVED = {
-    "train_batch_size": "train.micro_batch and train.accumulate",
+    "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
     "gradient_clipping": "optimizer.clip",
     "torch_autocast": "train.precision",
     "bf16": "train.precision (the bf16 block would cast BatchNorm too)",
     "fp16": "train.precision",
+    "communication_data_type": "train.reduce_dtype",
     "optimizer": "optimizer.*",
     "scheduler": "phases",
     "zero_allow_untested_optimizer": "nothing: it is always true here",
@@ -29,22 +38,39 @@ _DERIVED = {
 }
 
 
-def resolve_device(wanted: str) -> torch.device:
-    """The device of this rank for "auto", "cpu" or "gpu".  Raises DeviceError where "gpu" is not to be had."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "gpu" and not gpus:
-        raise DeviceError("train.device gpu: this machine has no CUDA device that torch can use; "
-                          "set train.device: cpu (or auto), or install the driver")
-    if wanted == "cpu" or not gpus:
-        return torch.device("cpu")
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if rank >= gpus:
-        raise DeviceError(f"local rank {rank} has no GPU: this machine has {gpus}; launch with --num_gpus {gpus}")
-    return torch.device("cuda", rank)
+# Gradients travel beside the backward; DeepSpeed's own buckets are of 2 GB, more than all of them
+_BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 30_000_000}
 
 
-def join(device: torch.device) -> None:
-    """Join the process group that the launcher describes; alone where there is no launcher."""
+class Elsewhere(EngineError):
+    """Another rank failed; the text says which and why."""
+
+
+class _Joined:
+    """What this process holds of the others."""
+
+    host_group: Any = None  # gloo: messages between hosts, which no step waits for the device for
+    watch: Watch | None = None
+    names: list[str] = []  # noqa: RUF012  (of all ranks, for people: "rank 3 on host b")
+
+
+def join(wanted: str, timeout: float = 600.0) -> torch.device:
+    """Join the processes that the launcher started, alone where there is none, and return this one's device.
+
+    wanted: "auto", "cpu" or "gpu".  timeout: seconds that ranks wait for one another.  To be called before DeepSpeed
+    is imported, which picks its accelerator then.
+    Raises DeviceError where "gpu" is not to be had, where ranks have devices of different kinds, or share a GPU;
+    ConfigError where the launcher does not say which rank this is, or the others are not met.
+    """
+    place = launchers.place(os.environ)
+    device = own_device(wanted, place.local_rank, place.local_world)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_to(place.address) if place.world > 1 else "lo")
+    store = _meet(place, device, timeout)
+    if place.local_world > 1:  # ranks of a host share its cores
+        cores = max(1, len(os.sched_getaffinity(0)) // place.local_world)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(cores)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -56,37 +82,172 @@ def join(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(device)
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(_free_port())}.items():
-        os.environ.setdefault(key, value)
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=wait,
+                            device_id=device if device.type == "cuda" else None)
+    deepspeed.init_distributed(dist_backend=backend, timeout=wait, verbose=False)
+    if place.world > 1:
+        _Joined.host_group = dist.new_group(backend="gloo", timeout=wait)
+        _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout)
+        _Joined.watch.start()
+    return device
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def own_device(wanted: str, local_rank: int, local_world: int) -> torch.device:
+    """The device of a rank.  Raises DeviceError where "gpu" is not to be had."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "gpu" and not gpus:
+        raise DeviceError("train.device gpu: this machine has no CUDA device that torch can use; "
+                          "set train.device: cpu (or auto), or install the driver")
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu")
+    if gpus == 1:  # each rank sees its own alone (srun --gpus-per-task=1), or `_meet` finds that they share it
+        return torch.device("cuda", 0)
+    if local_rank >= gpus:
+        raise DeviceError(f"local rank {local_rank} of {local_world} has no GPU: this machine has {gpus}; launch with "
+                          f"--num_gpus {gpus}")
+    return torch.device("cuda", local_rank)
+
+
+def _meet(place: Place, device: torch.device, timeout: float) -> Any:
+    """The store in which the ranks have met, after all have said what they are."""
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank),
+                      LOCAL_WORLD_SIZE=str(place.local_world), MASTER_ADDR=place.address,
+                      MASTER_PORT=str(place.port or _free_port()))
+    host = socket.gethostname()
+    card = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    if place.world == 1:
+        return dist.HashStore()  # which listens on no port
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=timeout)))
+        store.set(f"rank/{place.rank}", json.dumps([host, device.type, card]))
+        everyone = [json.loads(store.get(f"rank/{rank}")) for rank in range(place.world)]
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+        raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {place.address}:"
+                          f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); were all started, and can "
+                          f"they reach that host?") from None
+    _Joined.names = [f"rank {rank} on host {name}" for rank, (name, _, _) in enumerate(everyone)]
+    for rank, (_, kind, _) in enumerate(everyone):
+        if kind != everyone[0][1]:
+            raise DeviceError(f"{_Joined.names[0]} works on {everyone[0][1]}, {_Joined.names[rank]} on {kind}: ranks "
+                              f"of one run need devices of one kind; set train.device (--device), or leave it out")
+    owner: dict[tuple[str, str], int] = {}
+    for rank, (name, _, uuid) in enumerate(everyone):
+        if uuid is not None and owner.setdefault((name, uuid), rank) != rank:
+            raise DeviceError(f"{_Joined.names[owner[name, uuid]]} and rank {rank} share one GPU; start as many ranks "
+                              f"on a host as it has GPUs (--num_gpus, --gpus-per-task=1)")
+    return store
+
+
+def _interface_to(address: str) -> str:
+    """The network interface that reaches `address`: by a host's own name gloo may find 127.0.1.1."""
+    import psutil
+
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {address!r} cannot be reached from {socket.gethostname()} ({error}); set it to "
+                          f"the name or address of rank 0's host") from None
+    return next((name for name, addresses in psutil.net_if_addrs().items()
+                 if any(found.address == own for found in addresses)), "lo")
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
+def leave() -> None:
+    """After success on all ranks: NCCL's communicators are destroyed together or not at all."""
+    if _Joined.watch is not None:
+        barrier()
+        _Joined.watch.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def abandon(error: BaseException) -> str | None:
+    """Before leaving on failure: tell the others.  Returns why they left, where it was they who failed first.
+
+    Nothing is destroyed: that would wait for ranks that will not come.
+    """
+    watch = _Joined.watch
+    if watch is None or isinstance(error, Elsewhere):
+        return None
+    lost = isinstance(error, RuntimeError)  # so gloo and NCCL report a peer that is gone
+    reason = watch.told(3 * GONE if lost else 0)
+    if reason is None:
+        watch.tell(f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error))
+    return reason
+
+
+GONE = 2.0  # seconds
+
+
 def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else launchers.place(os.environ).world
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else launchers.place(os.environ).rank
+
+
+def local_world() -> int:
+    """Ranks on this host."""
+    return launchers.place(os.environ).local_world
+
+
+Threads = int | Literal["auto"]
+
+
+def share_of_host(threads: Threads) -> int:
+    """A rank's part of so many threads of its host; auto: one a core, at most 8 a rank."""
+    if threads == "auto":
+        return max(1, min(8, len(os.sched_getaffinity(0)) // local_world()))
+    return max(1, threads // local_world())
 
 
 def barrier() -> None:
-    if dist.is_initialized() and world() > 1:
-        dist.barrier()
+    """All ranks have come here.  On the host: the device may still be at work."""
+    if _Joined.host_group is not None:
+        dist.barrier(group=_Joined.host_group)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value` (whatever pickles), on every rank."""
+    holder = [value]
+    if _Joined.host_group is not None:
+        dist.broadcast_object_list(holder, src=0, group=_Joined.host_group)
+    return holder[0]
+
+
+def of_all(value: Any) -> list[Any]:
+    """The ranks' values (whatever pickles), on every rank."""
+    values = [value] * world()
+    if _Joined.host_group is not None:
+        dist.all_gather_object(values, value, group=_Joined.host_group)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A stage that all ranks pass, or none: where one fails, it raises its error and the others `Elsewhere`."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    texts = of_all(None if failure is None else str(failure) if isinstance(failure, EngineError)
+                   else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for name, text in zip(_Joined.names, texts):
+        if text is not None:
+            raise Elsewhere(f"stopped by {name}: {text}")
 
 
 def average_(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,37 +259,39 @@ def average_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopFlag:
-    """Whether any rank was asked to stop.  Agreed on the host, so that no step waits for the device."""
+    """Whether any rank was asked to stop, or has failed.  Agreed on the host, so that no step waits for the device."""
+
+    GO, STOP, FAILED = range(3)
 
     def __init__(self) -> None:
         self.asked = False
-        self._group: Any = dist.new_group(backend="gloo") if world() > 1 else None
 
     def agreed(self) -> bool:
-        if self._group is None:
-            return self.asked
-        flag = torch.tensor([int(self.asked)])
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+        """Whether to stop.  Raises Elsewhere where a rank has said `failed`."""
+        state = self._most(self.STOP if self.asked else self.GO)
+        if state == self.FAILED:
+            with together():  # they say why
+                pass
+        return state == self.STOP
+
+    def failed(self, error: Exception) -> NoReturn:
+        """In place of `agreed`, before this rank leaves: raises `error`."""
+        self._most(self.FAILED)
+        with together():
+            raise error
+        raise AssertionError("unreachable")
+
+    @staticmethod
+    def _most(state: int) -> int:
+        if _Joined.host_group is None:
+            return state
+        flag = torch.tensor([state])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_Joined.host_group)
+        return int(flag)
 
 
-@torch.no_grad()
-def synchronise_batchnorm(model: nn.Module) -> None:
-    """Set BatchNorm's running statistics to their mean over ranks.
-
-    The statistics are a moving average, linear in those of each batch, so the mean over ranks is the average that
-    one process would have kept over all ranks' batches of each step.
-    """
-    if world() == 1:
-        return
-    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    flat = average_(torch.cat([b.flatten() for b in buffers]))
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
-        buffer.copy_(mean.view_as(buffer))
-
-
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed config that a recipe means.
+def deepspeed_config(config: Config, sharding: Sharding) -> dict[str, Any]:
+    """The DeepSpeed config that a recipe means, its global batch cut by `sharding`.
 
     Raises ConfigError where the recipe's `deepspeed:` block sets what the engine derives.
     """
@@ -139,14 +302,16 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             raise ConfigError(f"deepspeed.{key}: the engine sets this; use {instead}")
     train = config.train
     derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.accumulate,
-        "train_batch_size": train.micro_batch * train.accumulate * world_size,
+        "train_micro_batch_size_per_gpu": sharding.micro_batch,
+        "gradient_accumulation_steps": sharding.accumulate,
+        "train_batch_size": sharding.global_batch,
         # Stage 0 throws its norm away, so there the trainer clips itself
         "gradient_clipping": config.optimizer.clip if train.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {**zero, "stage": train.zero_stage},
+        "zero_optimization": {**(_BUCKETS if train.zero_stage in (1, 2) else {}), **zero, "stage": train.zero_stage},
     }
+    if train.reduce_dtype != "fp32":
+        derived["communication_data_type"] = train.reduce_dtype
     own.setdefault("steps_per_print", 10**9)
     own.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device twice a step
     if train.precision != "fp32":

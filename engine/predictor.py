@@ -23,7 +23,7 @@ from engine.errors import DataError
 from engine.evaluate import evaluate
 from engine.files import write_text
 from engine.model import optimize_for_inference
-from engine.parallel import rank
+from engine.parallel import Threads, rank, share_of_host, together
 from engine.progress import Progress
 from engine.selection import select_chips
 
@@ -57,31 +57,32 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
 
 def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: torch.device, precision: str = "fp32",
             tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
-            readers: int = 4, threads: int = 2, backbone: str | None = None,
-            optimize: bool = True, compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
+            readers: Threads = "auto", threads: Threads = "auto", backbone: str | None = None, optimize: bool = True,
+            compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
     """Write `out/{chip}_agbm.tif` (float32, t/ha) for every chip; where labels exist, metrics and pictures as well.
 
     optimize: predict with `engine.model.optimize_for_inference` of the model and, on a GPU, all flips in one batch;
     False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for thousands of
     chips.  cuda_graphs: replay `engine.cudagraphs`, which pays for small batches on a GPU.
     Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
-    DataError,
-    DeviceError (cuda_graphs without a GPU).
+    DataError, DeviceError (cuda_graphs without a GPU).
     """
-    model = weights.load_model(weights_path, device, backbone).eval()
-    if optimize:
-        model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
-    forward = Graphed(model) if cuda_graphs else model
     backend = "gpu" if device.type == "cuda" else "cpu"
-    source = open_source(chips, nodata_months=nodata_months, backend=backend)
-    loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,
-                    readers=readers, threads=threads)
-    out.mkdir(parents=True, exist_ok=True)
+    with together():
+        model = weights.load_model(weights_path, device, backbone).eval()
+        if optimize:
+            model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
+        forward = Graphed(model) if cuda_graphs else model
+        source = open_source(chips, nodata_months=nodata_months, backend=backend)
+        loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,
+                        readers=share_of_host(readers), threads=share_of_host(threads))
+        out.mkdir(parents=True, exist_ok=True)
     with Progress("predicting", len(chips), "chip", quiet=rank() != 0) as progress:
         writer = Writer(out, progress)
         table = evaluate(forward, loader, chips, micro_batch=batch_size, tta=tta, precision=precision, device=device,
                          flips_at_once=len(tta) if optimize and device.type == "cuda" else 1, each=writer.add)
-        writer.finish()
+        with together():  # all have written before anyone reads
+            writer.finish()
     labelled = any(chip.label is not None for chip in chips)
     metrics = table.metrics() if labelled else {}
     if rank() == 0:

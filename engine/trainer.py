@@ -1,9 +1,10 @@
 """Training, from a recipe to weights: the one place that composes the rest.  Read `Trainer.run` first.
 
 A run is a list of phases; a phase is a cosine of the learning rate from the weights of the phase before; an epoch
-is a pass over the training chips in the plan's order.  State to resume from is (phase, epoch, step) and what
-DeepSpeed holds; everything random follows from those integers.  In a steady step the host never waits for the
-device: losses stay there until the log reads a window of them.
+is a pass over the training chips in the plan's order.  State to resume from is (phase, epoch, chips) and what
+DeepSpeed holds; everything random follows from those integers.  Ranks act together: what one cannot do, none does.
+In a steady step the host never waits for the device (at ZeRO stage 0; DeepSpeed's other stages wait for it once or
+twice): losses stay there until the log reads a window of them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ import numpy as np
 import torch
 
 from engine import checkpoint, pictures, quarantine, weights
+from engine.background import Background
+from engine.batchnorm import average_statistics, keep_horizon
 from engine.compilation import checkpoint_regions, compile_regions
 from engine.config import Config, Phase
+from engine.cut import cut, device_memory, explain
 from engine.data.index import Chip
 from engine.data.loader import Batch, Loader
-from engine.data.plan import Sharding, draw, training_batches
+from engine.data.plan import draw, training_batches
 from engine.data.request import Request
 from engine.data.source import open_source
 from engine.errors import ConfigError, DataError, EngineError
 from engine.evaluate import evaluate
+from engine.files import hard_link
 from engine.losses import make_loss
 from engine.meter import Window
 from engine.model import BiomassUNet
@@ -38,12 +43,17 @@ from engine.parallel import (
     average_,
     barrier,
     deepspeed_config,
+    from_rank_0,
+    local_world,
+    of_all,
     rank,
-    synchronise_batchnorm,
+    share_of_host,
+    together,
     world,
 )
 from engine.profile import Profile
 from engine.progress import Progress
+from engine.reduction import Reducer
 from engine.runfolder import claim
 from engine.runlog import RunLog
 from engine.scaling import LossScale, take_over
@@ -57,12 +67,13 @@ class Stopped(EngineError):
 
 @dataclass
 class State:
-    """Where a run stands.  `epoch` and `step_in_epoch` are those to do next."""
+    """Where a run stands.  Chips count, and not ranks or micro-batches: so any number of ranks goes on from here."""
 
     phase: int = 0
-    epoch: int = 0  # in the phase
-    step_in_epoch: int = 0
+    epoch: int = 0  # in the phase, to do next
+    chips: int = 0  # of the epoch's order that were trained on
     step: int = 0  # since the run began
+    global_batch: int = 0  # chips a step
     best: float = float("inf")  # of the phase: validation RMSE, mean over chips
     skipped: int = 0  # updates left out because the gradient was not finite
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -77,21 +88,31 @@ class Trainer:
                  restart: bool = False):
         self.config, self.device = config, device
         self.folder = config.run_folder
-        self.train_chips, self.val_chips = select_chips(config)
-        bad = self._leave_out_bad_chips() if config.data.bad_chips == "quarantine" else None
         self.backend = config.data.backend
         if self.backend == "auto":
             self.backend = "gpu" if device.type == "cuda" else "cpu"
-        self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
-                                  cache_gb=config.data.cache_gb, backend=self.backend)
-        self.loss = make_loss(config.loss.name, **config.loss.options)
-        self.sharding = Sharding(config.train.micro_batch, config.train.accumulate, world(), rank())
-        self.eval_batch = config.validate_.micro_batch or config.train.micro_batch
+        with together():
+            self.train_chips, self.val_chips = select_chips(config)
+        bad = self._leave_out_bad_chips() if config.data.bad_chips == "quarantine" else None
+        with together():
+            self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
+                                      cache_gb=config.data.cache_gb, backend=self.backend)
+            self.loss = make_loss(config.loss.name, **config.loss.options)
+            # The smallest of the ranks' memories: all cut alike
+            memory = min(of_all(device_memory(device, local_world())))
+            self.sharding = cut(config, world(), rank(), memory)
+        self.eval_batch = config.validate_.micro_batch or self.sharding.micro_batch
         self.stop = StopFlag()
+        self.background = Background()
         self.profile = profile or Profile(None, self.folder)
-        claim(self.folder, config, restart, self.source.s1)
+        self.lock = claim(self.folder, config, restart, self.source.s1)
+        self._say(explain(self.sharding, config))
+        if config.data.cache_gb and local_world() > 1:
+            self._say(f"data.cache_gb: {config.data.cache_gb:g} GB for each rank, "
+                      f"{config.data.cache_gb * local_world():g} GB on a host of {local_world()}")
         if bad is not None:
-            quarantine.record(self.folder, bad)
+            with together():
+                quarantine.record(self.folder, bad)
 
     # The run -------------------------------------------------------------------------------------------------
 
@@ -100,11 +121,8 @@ class Trainer:
 
         Raises Stopped, with everything saved, after SIGTERM or SIGINT.
         """
-        found = checkpoint.steps(self.folder / "checkpoints")
-        self.state = State()
-        resume_from = found[-1] if found else None
-        if resume_from is not None:
-            self.state = State.from_dict(checkpoint.read_state(resume_from))
+        with together():
+            resume_from, self.state = from_rank_0(self._where_to_begin() if rank() == 0 else None)
         self.log = RunLog(self.folder, self.state.step)
         old = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         metrics: dict[str, float] = {}
@@ -115,8 +133,22 @@ class Trainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+            self.background.close()
             self.log.close()
+            if self.lock is not None:
+                self.lock.close()
         return metrics
+
+    def _where_to_begin(self) -> tuple[Path | None, State]:
+        found = checkpoint.steps(self.folder / "checkpoints")
+        batch = self.sharding.global_batch
+        if not found:
+            return None, State(global_batch=batch)
+        state = State.from_dict(checkpoint.read_state(found[-1]))
+        if state.global_batch != batch:
+            raise ConfigError(f"{found[-1]} was written with steps of {state.global_batch} chips, the recipe says "
+                              f"{batch}: some would be trained on twice; set train.global_batch: {state.global_batch}")
+        return found[-1], state
 
     def _run_phase(self, phase: Phase, resume_from: Path | None) -> dict[str, float]:
         state, config = self.state, self.config
@@ -124,20 +156,25 @@ class Trainer:
         if phase.train_on == "all" and not config.data.overfit:
             chips = sorted(self.train_chips + self.val_chips, key=lambda chip: chip.id)
         self.steps_per_epoch = self.sharding.steps(len(chips))
-        self.engine = self._engine(self._initial_model())
+        with together():
+            model = self._initial_model()
+        self.engine = self._engine(model)
         if resume_from is not None:
-            checkpoint.load(self.engine, resume_from)
+            with together():
+                checkpoint.load(self.engine, resume_from)
             self._say(f"resumed from {resume_from}")
-        train_loader = self._loader(config.train.micro_batch, warp=True)
+        train_loader = self._loader(self.sharding.micro_batch, warp=True)
         eval_loader = self._loader(self.eval_batch, warp=False)
         batches = train_loader.batches(self._requests(phase, chips))
         title = f"phase {phase.name}" if len(config.phases) > 1 else "training"
         metrics: dict[str, float] = {}
         with Progress(title, phase.epochs * self.steps_per_epoch, "step", quiet=rank() != 0,
-                      done=state.epoch * self.steps_per_epoch + state.step_in_epoch) as progress:
+                      done=state.epoch * self.steps_per_epoch + self._step_in_epoch) as progress:
             self.window = Window(self.log, train_loader, progress, self.sharding.global_batch)
             while state.epoch < phase.epochs:
                 metrics = self._run_epoch(phase, batches, eval_loader, progress) or metrics
+        self.background.finish()
+        barrier()  # the next phase begins with weights that rank 0 has written
         self.engine.destroy()
         state.phase, state.epoch, state.best = state.phase + 1, 0, float("inf")
         return metrics
@@ -148,30 +185,47 @@ class Trainer:
         lr = learning_rate(phase, config.optimizer, state.epoch)
         set_learning_rate(self.engine.optimizer, lr)
         self.engine.train()
-        while state.step_in_epoch < self.steps_per_epoch:
+        while self._step_in_epoch < self.steps_per_epoch:
+            batch = self._next(batches)
+            if self.stop.agreed():
+                self._save_and_stop()
             with self.profile.step(state.step):
-                loss, norm = self._train_step(batches)
+                loss, norm = self._train_step(batch, batches)
             state.step += 1
-            state.step_in_epoch += 1
+            state.chips += self.sharding.global_batch
             self.window.add(loss, norm, lr)
             progress.advance(1, self.window.note)
-            last = state.step_in_epoch == self.steps_per_epoch
+            last = self._step_in_epoch == self.steps_per_epoch
             if state.step % config.log.every == 0 or last:
                 self._flush()
-            if self.stop.agreed():
-                self._save_and_stop(progress)
             every = config.checkpoint.every_steps
             if every and state.step % every == 0 and not last:
                 self._save()
-        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        if self.stop.agreed():
+            self._save_and_stop()
+        state.epoch, state.chips = state.epoch + 1, 0
         if state.epoch % config.validate_.every and state.epoch < phase.epochs:
             return None
         metrics = self._validate(phase, eval_loader, progress)
         self._save()
         return metrics
 
-    def _train_step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """One optimizer step.  Returns (mean loss over micro-batches, gradient norm before clipping)."""
+    @property
+    def _step_in_epoch(self) -> int:
+        return self.state.chips // self.sharding.global_batch
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch; where a rank cannot read its own, all ranks leave before the step."""
+        try:
+            return next(batches)
+        except Exception as error:
+            self.stop.failed(error)
+
+    def _train_step(self, batch: Batch, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """One optimizer step on `batch` and those that follow it in the step.
+
+        Returns (mean loss over micro-batches, gradient norm before clipping).
+        """
         # Stochastic layers draw from the step's number, so that a resume needs no generator state
         torch.manual_seed((self.config.run.seed << 40) + (self.state.step << 12) + rank())
         engine, train, losses = self.engine, self.config.train, []
@@ -179,11 +233,18 @@ class Trainer:
         scale = self.state.loss_scale.value if train.precision == "fp16" else 1.0
         if train.zero_stage and train.precision == "fp16":
             engine.optimizer.override_loss_scale(scale)
-        for _ in range(train.accumulate):
-            batch = next(batches)
+        for turn in range(self.sharding.accumulate):
+            if turn:
+                batch = self._next(batches)
+                self.stop.agreed()  # whether all could read; a wish to stop waits for the end of the step
+            reducer = self.reducer if turn + 1 == self.sharding.accumulate else None
             with self.window.shape(int((~batch.dropped).sum())):
                 loss = self.loss(engine(batch.images, batch.dropped), batch.label)
+                if reducer is not None:
+                    reducer.begin()
                 engine.backward(loss if train.zero_stage else loss * scale)
+                if reducer is not None:
+                    reducer.finish()
             losses.append(loss.detach())
             if engine.is_gradient_accumulation_boundary() and train.zero_stage == 0:
                 norm = self._clip(scale)
@@ -193,7 +254,6 @@ class Trainer:
         if train.precision == "fp16":
             norm = float(norm)
             self.state.loss_scale.update(norm)
-        synchronise_batchnorm(engine.module)
         return torch.stack(losses).mean(), norm
 
     def _clip(self, scale: float) -> torch.Tensor:
@@ -208,7 +268,7 @@ class Trainer:
 
     def _leave_out_bad_chips(self) -> dict[str, str]:
         data, chips = self.config.data, {chip.id: chip for chip in self.train_chips + self.val_chips}
-        bad = quarantine.find(data.path, list(chips.values()), data.nodata_months, data.readers)
+        bad = quarantine.find(data.path, list(chips.values()), data.nodata_months, share_of_host(data.readers))
         self.train_chips, self.val_chips = ([chip for chip in some if chip.id not in bad]
                                             for some in (self.train_chips, self.val_chips))
         if not self.train_chips or not self.val_chips:
@@ -254,27 +314,32 @@ class Trainer:
         if train.checkpoint_activations:
             self._say(f"train.checkpoint_activations: {checkpoint_regions(model)}")
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, self.config.optimizer),
-                                          config=deepspeed_config(self.config, world()),
+                                          config=deepspeed_config(self.config, self.sharding),
                                           dist_init_required=False)
         if train.precision == "fp16":
             take_over(engine)
-        if train.zero_stage == 0 and world() == 1:
-            engine.enable_backward_allreduce = False  # it would flatten, "reduce" and copy back every gradient
+        keep_horizon(model, world())
+        self.reducer: Reducer | None = None
+        if train.zero_stage == 0:
+            # DeepSpeed would flatten, reduce and copy back every gradient, after the backward and even for one rank
+            engine.enable_backward_allreduce = False
+            if world() > 1:
+                self.reducer = Reducer(model, torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32)
         return engine
 
     def _loader(self, batch_size: int, warp: bool) -> Loader:
         data = self.config.data
         return Loader(self.source, batch_size=batch_size, device=self.device, backend=self.backend, warp=warp,
-                      precision=self.config.train.precision, readers=data.readers, threads=data.threads,
-                      prefetch=data.prefetch)
+                      precision=self.config.train.precision, readers=share_of_host(data.readers),
+                      threads=share_of_host(data.threads), prefetch=data.prefetch)
 
     def _requests(self, phase: Phase, chips: list[Chip]) -> Iterator[list[Request]]:
         """This rank's micro-batches from where the state stands to the end of the phase."""
-        config, first, start = self.config, self.state.epoch, self.state.step_in_epoch
+        config, first, start = self.config, self.state.epoch, self._step_in_epoch
         before = sum(p.epochs for p in config.phases[:self.state.phase])
         for epoch in range(first, phase.epochs):
             for items in training_batches(len(chips), config.run.seed, before + epoch, self.sharding,
-                                          start if epoch == first else 0):
+                                          start if epoch == first else 0, config.augment):
                 yield [Request(chips[item.chip],
                                draw(config.augment, config.run.seed, before + epoch, item.position))
                        for item in items]
@@ -284,6 +349,7 @@ class Trainer:
     def _validate(self, phase: Phase, loader: Loader, progress: Progress) -> dict[str, float]:
         state, config = self.state, self.config
         shown = Shown(min(config.log.chips, len(self.val_chips)), self.device)
+        average_statistics(self.engine.module)
         self.engine.eval()
         with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
             table = evaluate(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
@@ -295,45 +361,51 @@ class Trainer:
         score = metrics["rmse_per_chip"]
         self.log.scalars("validation" if judged else "seen_in_training", state.step, metrics)
         self._show(shown)
-        self._export(f"{phase.name}-last", metrics)
+        kinds = ["last"]
         if not judged or score < state.best:
             state.best = score
-            self._export(f"{phase.name}-best", metrics)
+            kinds.append("best")
+        self._export([f"{phase.name}-{kind}" for kind in kinds] + kinds, metrics)
         progress.say(f"epoch {state.epoch}, step {state.step}: RMSE {score:.2f} t/ha (mean over {len(self.val_chips)} "
                      f"chips), pooled {metrics['rmse_pooled']:.2f}, predicting the mean "
                      f"{metrics['rmse_of_mean']:.2f}{'' if judged else ', on chips seen in training'}")
         return metrics
 
     def _show(self, shown: Shown) -> None:
-        predictions = shown.reduce()
-        if rank() != 0:
-            return
-        for chip, prediction in zip(self.val_chips, predictions):
-            stack = self.source.stack(chip)
-            figure = pictures.chip_figure(chip.id, stack, prediction, stack.label[..., 0])
-            self.log.picture(f"chips/{chip.id}", self.state.step, pictures.pixels(figure))
+        predictions, step = shown.reduce(), self.state.step
 
-    def _export(self, name: str, metrics: dict[str, float]) -> None:
-        """Write weights/{name}.safetensors, and weights/{best,last}.safetensors of the run."""
+        def draw_all() -> None:
+            for chip, prediction in zip(self.val_chips, predictions):
+                stack = self.source.stack(chip)
+                figure = pictures.chip_figure(chip.id, stack, prediction, stack.label[..., 0])
+                self.log.picture(f"chips/{chip.id}", step, pictures.pixels(figure))
+
+        if rank() == 0:
+            self.background.do(draw_all)
+
+    def _export(self, names: list[str], metrics: dict[str, float]) -> None:
+        """Write weights/{name}.safetensors for each name, one file under all of them."""
         model: BiomassUNet = self.engine.module
         state = _full_state(self.engine)
         if rank() == 0:
             notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics)}
-            for target in (name, name.rpartition("-")[2]):
-                weights.save_weights(self.folder / "weights" / f"{target}.safetensors", state, model.config(), notes)
-        barrier()
+            paths = [self.folder / "weights" / f"{name}.safetensors" for name in names]
+            self.background.do(weights.save_weights, paths[0], state, model.config(), notes)
+            self.background.do(hard_link, paths[0], paths[1:])
 
     def _flush(self) -> None:
         self.state.skipped += self.window.flush(self.state.step, self.state.skipped)
 
     def _save(self) -> None:
-        folder = self.folder / "checkpoints"
-        checkpoint.save(self.engine, folder, self.state.step, asdict(self.state), self.config.checkpoint.keep)
+        average_statistics(self.engine.module)
+        with together():
+            checkpoint.save(self.engine, self.folder / "checkpoints", self.state.step, asdict(self.state),
+                            self.config.checkpoint.keep, first=self.background.finish)
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self.stop.asked = True
 
-    def _save_and_stop(self, progress: Progress) -> None:
+    def _save_and_stop(self) -> None:
         self._flush()
         self._save()
         raise Stopped(f"stopped after step {self.state.step} with everything saved in {self.folder}; "
@@ -365,11 +437,13 @@ class Shown:
 
 
 def _full_state(engine: Any) -> dict[str, torch.Tensor]:
-    """The model's state dict on the CPU, float32, whole at every ZeRO stage (on rank 0)."""
+    """The model's state dict on the CPU, float32, whole at every ZeRO stage: on rank 0; elsewhere nothing is copied."""
     module = engine.module
     with deepspeed.zero.GatheredParameters(list(module.parameters()),
                                            enabled=engine.zero_optimization_stage() == 3):
-        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        if rank() != 0:
+            return {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
 
 
 def _same_architecture(model: BiomassUNet, config: Config, path: Path | str) -> None:

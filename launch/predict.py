@@ -6,7 +6,6 @@ Writes OUT/{chip}_agbm.tif (float32, t/ha) and pictures; where labels exist also
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from engine.cli import main
@@ -39,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from engine.errors import ConfigError
     from engine.evaluate import FLIPS
-    from engine.parallel import join, leave, rank, resolve_device
+    from engine.parallel import join, rank
     from engine.predictor import choose_chips, predict
 
     tta = args.tta.split(",")
@@ -47,17 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if unknown or len(set(tta)) < len(tta) or args.batch < 1:
         raise ConfigError(f"--tta {args.tta} --batch {args.batch}: tta names each of {', '.join(FLIPS)} at most once, "
                           f"and a batch has at least one chip")
-    device = resolve_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        join(device)
-    try:
-        chips = choose_chips(args.data, args.split, args.weights)
-        metrics = predict(args.weights, chips, args.out, device=device, precision=args.precision, tta=tta,
-                          batch_size=args.batch, n_pictures=args.pictures, nodata_months=args.nodata_months,
-                          backbone=args.backbone, compile=args.compile,
-                          cuda_graphs=args.cuda_graphs)
-    finally:
-        leave()
+    device = join(args.device)
+    chips = choose_chips(args.data, args.split, args.weights)
+    metrics = predict(args.weights, chips, args.out, device=device, precision=args.precision, tta=tta,
+                      batch_size=args.batch, n_pictures=args.pictures, nodata_months=args.nodata_months,
+                      backbone=args.backbone, compile=args.compile, cuda_graphs=args.cuda_graphs)
     if rank() == 0:
         print(f"{len(chips)} maps in {args.out}")
         for name, value in metrics.items():

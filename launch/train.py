@@ -23,7 +23,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from engine.config import load_config
-    from engine.parallel import join, leave, rank, resolve_device
+    from engine.parallel import join, rank
 
     config = load_config(args.config, args.set)
     if args.dry_run:
@@ -32,16 +32,12 @@ def run(args: argparse.Namespace) -> int:
         if rank() == 0:
             print(describe(config))
         return 0
-    device = resolve_device(config.train.device)
-    join(device)  # before the trainer's import of DeepSpeed, which picks its device then
+    device = join(config.train.device, config.train.timeout_s)  # DeepSpeed, when imported, picks its device too
     from engine.profile import Profile, parse_window
     from engine.trainer import Trainer
 
-    try:
-        window = parse_window(args.profile) if args.profile else None
-        Trainer(config, device, Profile(window, config.run_folder), args.restart).run()
-    finally:
-        leave()
+    window = parse_window(args.profile) if args.profile else None
+    Trainer(config, device, Profile(window, config.run_folder), args.restart).run()
     return 0
 
 

@@ -68,7 +68,7 @@ def test_damaged_files_stop_training(command: Command, sample: Path, tmp_path: P
         path = data / "train_agbm" / f"{chip.id}_agbm.tif"
         tiff.write_map(path, np.full((256, 256), np.nan, np.float32))
     text = message(command("train", "--config", DEMO, *TINY, "--set", f"data.path={data}", "--set", "data.overfit=true",
-                           "--set", "train.micro_batch=1", "--set", f"run.folder={tmp_path}"))
+                           "--set", "train.global_batch=1", "--set", f"run.folder={tmp_path}"))
     assert path.name in text and expected in text
 
 

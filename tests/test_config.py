@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from engine.config import Config, load_config, parse_config
+from engine.cut import cut
+from engine.data.plan import Sharding
 from engine.errors import ConfigError
 from engine.optim import learning_rate, phase_rates
 from engine.parallel import deepspeed_config
@@ -43,8 +45,8 @@ def test_the_winner_s_recipe() -> None:
 def test_extends_and_overrides(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "data: {path: x}\ntrain: {micro_batch: 3, zero_stage: 1}")
     b = write(tmp_path / "b.yaml", "extends: a.yaml\ntrain: {zero_stage: 2}")
-    config = load_config(b, ["optimizer.lr=1e-4", "data.path=/y", "train.accumulate=4", "augment.rot90=false"])
-    assert (config.train.micro_batch, config.train.zero_stage, config.train.accumulate) == (3, 2, 4)
+    config = load_config(b, ["optimizer.lr=1e-4", "data.path=/y", "train.global_batch=12", "augment.rot90=false"])
+    assert (config.train.micro_batch, config.train.zero_stage, config.train.global_batch) == (3, 2, 12)
     assert config.optimizer.lr == 1e-4 and config.data.path == "/y" and not config.augment.rot90
 
 
@@ -91,18 +93,21 @@ def make(**sections: object) -> Config:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_the_deepspeed_config(stage: int) -> None:
-    config = make(train={"micro_batch": 3, "accumulate": 2, "zero_stage": stage, "precision": "bf16"},
+    config = make(train={"global_batch": 24, "micro_batch": 3, "zero_stage": stage, "precision": "bf16"},
                   deepspeed={"zero_optimization": {"reduce_bucket_size": 5}, "wall_clock_breakdown": True})
-    derived = deepspeed_config(config, 4)
+    derived = deepspeed_config(config, cut(config, 4))
     assert derived["train_batch_size"] == 24 and derived["train_micro_batch_size_per_gpu"] == 3
-    assert derived["zero_optimization"] == {"stage": stage, "reduce_bucket_size": 5}
+    assert derived["gradient_accumulation_steps"] == 2
+    overlap = {"overlap_comm": True} if stage in (1, 2) else {}
+    assert derived["zero_optimization"] == {"stage": stage, "reduce_bucket_size": 5, **overlap}
+    assert derived["timers"]["throughput"]["enabled"] is False  # it would wait for the device twice a step
     assert derived["torch_autocast"]["dtype"] == "bfloat16" and derived["wall_clock_breakdown"] is True
     assert derived["gradient_clipping"] == (5.0 if stage else 0.0)
-    assert "torch_autocast" not in deepspeed_config(make(train={"precision": "fp32"}), 1)
+    assert "torch_autocast" not in deepspeed_config(make(train={"precision": "fp32"}), Sharding(16))
 
 
 @pytest.mark.parametrize("block", [{"train_batch_size": 3}, {"bf16": {"enabled": True}}, {"optimizer": {}},
                                    {"zero_optimization": {"stage": 2}}])
 def test_what_the_engine_derives_is_refused(block: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"deepspeed\.[\w.]+: the engine sets this; use "):
-        deepspeed_config(make(deepspeed=block), 1)
+        deepspeed_config(make(deepspeed=block), Sharding(16))

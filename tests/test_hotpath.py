@@ -306,7 +306,7 @@ def test_flips_in_one_batch() -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_with_compiled_blocks(tmp_path: Path, sample: Path, command: Command, stage: int) -> None:
     """Compiled or not, the losses are the same; at ZeRO-3 it runs and says that it does not compile."""
-    options = ["--set", "phases=[{epochs: 1, lr: 0.003}]", "--set", "train.accumulate=1", "--set",
+    options = ["--set", "phases=[{epochs: 1, lr: 0.003}]", "--set",
                f"train.zero_stage={stage}", "--set", "checkpoint.every_steps=null",
                "--set", "model.backbone=test_efficientnet"]  # few kinds of block: each takes Inductor seconds
     succeed(command("train", "--config", recipe(tmp_path, sample, "plain"), *options, ranks=2))

@@ -28,7 +28,7 @@ def test_training_does_not_know_the_form(sample: Path, tmp_path: Path, command: 
 data: {{path: {data}, split: {{folds: 4}}, readers: 2, bad_chips: quarantine}}
 run: {{name: {name}, folder: {tmp_path}}}
 model: {{backbone: tf_mobilenetv3_small_minimal_100, decoder_channels: [8, 8, 8, 8, 8]}}
-train: {{micro_batch: 2, precision: fp32, device: cpu}}
+train: {{global_batch: 2, micro_batch: 1, precision: fp32, device: cpu}}
 phases: [{{epochs: 1}}]
 log: {{every: 1, chips: 1}}
 """)
@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_bit_exact(store: Path, whole: Path) -> None:
 
 def test_two_ranks_find_the_bad_chip_together(store: Path, whole: Path) -> None:
     """Each rank checks half of the chips; both leave out the same one, and the losses are those of one rank."""
-    succeed(subprocess.run(line(store, "two", "--set", "train.accumulate=1", ranks=2), cwd=ROOT, env=environment(),
+    succeed(subprocess.run(line(store, "two", ranks=2), cwd=ROOT, env=environment(),
                            text=True, capture_output=True, timeout=300))
     one, two = (json.loads((run / "quarantine.json").read_text()) for run in (whole, store.parent / "two"))
     bad = open_index(store).split("train")[2]

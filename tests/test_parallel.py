@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import socket
 
 import pytest
 import torch
@@ -10,21 +11,31 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from engine.batchnorm import average_statistics
 from engine.metrics import ChipTable
-from engine.parallel import StopFlag, average_, rank, synchronise_batchnorm, world
+from engine.parallel import StopFlag, average_, from_rank_0, join, leave, local_world, of_all, rank, world
 
 
-def _two(process: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=process, world_size=2)
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _two(process: int, port: str) -> None:
+    os.environ.update(RANK=str(process), WORLD_SIZE="2", LOCAL_RANK=str(process), LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    join("cpu", timeout=60)
     try:
-        assert (rank(), world()) == (process, 2)
+        assert (rank(), world(), local_world()) == (process, 2, 2)
+        assert from_rank_0(process) == 0 and of_all(process) == [0, 1]
         assert average_(torch.tensor([float(process)])).item() == 0.5
 
         norm = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
         torch.manual_seed(process)
         norm(torch.randn(4, 3, 5, 5) + process)
         mine = [b.clone() for b in norm.buffers()]
-        synchronise_batchnorm(norm)
+        average_statistics(norm)
         for before, after in zip(mine, norm.buffers()):
             both = [torch.empty_like(before) for _ in range(2)]
             dist.all_gather(both, before)
@@ -43,14 +54,14 @@ def _two(process: int, folder: str) -> None:
         table.reduce()
         assert table.metrics()["rmse_per_chip"] == pytest.approx(1 / 3)
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_two, args=(str(tmp_path),), nprocs=2)
+def test_two_processes() -> None:
+    mp.spawn(_two, args=(str(free_port()),), nprocs=2)
 
 
 def test_alone_nothing_needs_a_group() -> None:
     assert average_(torch.tensor([3.0])).item() == 3.0
-    synchronise_batchnorm(nn.BatchNorm2d(2))
+    average_statistics(nn.BatchNorm2d(2))
     assert not StopFlag().agreed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 
 from engine.config import Augment
 from engine.data.bands import TILE, T
-from engine.data.plan import Sharding, dihedral, draw, evaluation_batches, order, rotation, training_batches
+from engine.data.plan import (
+    Sharding,
+    deal,
+    dihedral,
+    draw,
+    evaluation_batches,
+    kept_months,
+    order,
+    rotation,
+    training_batches,
+)
 from engine.errors import ConfigError
 
 Step = list[tuple[int, int]]
@@ -35,6 +46,43 @@ def test_global_batches_do_not_depend_on_the_layout(n: int, epoch: int, layout: 
     assert steps(n, *layout, epoch) == steps(n, 1, 1, 8, epoch)
 
 
+@pytest.mark.parametrize("layout", [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_micro_batches_of_one_size_do_not_depend_on_the_ranks(layout: tuple[int, int]) -> None:
+    """BatchNorm sees the same chips together, and gradients are of the same groups."""
+    world, accumulate = layout
+    augment = Augment()
+    ranks = [list(training_batches(64, 7, 3, Sharding(2, accumulate, world, rank), augment=augment))
+             for rank in range(world)]
+    found = [ranks[j % world][step * accumulate + j // world] for step in range(4) for j in range(8)]
+    assert found == list(training_batches(64, 7, 3, Sharding(2, 8, 1, 0), augment=augment))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 8), st.integers(1, 8), st.randoms(use_true_random=False))
+def test_dealing_gives_every_chip_to_one_hand_and_about_equal_sums(hands: int, each: int, random: Random) -> None:
+    months = [random.randint(1, 12) for _ in range(hands * each)]
+    dealt = deal(months, hands)
+    assert sorted(itertools.chain(*dealt)) == list(range(len(months)))
+    assert all(len(hand) == each and hand == sorted(hand) for hand in dealt)
+    sums = [sum(months[i] for i in hand) for hand in dealt]
+    assert max(sums) - min(sums) <= max(months) - min(months)  # of the snake: never more than the largest difference
+
+
+def test_ranks_wait_less_for_the_one_with_most_months() -> None:
+    """Slowest over mean, over 200 steps of the recipe's plan: what dealing is for."""
+    def waits(micro: int, dealt: bool) -> float:
+        ratios = []
+        for step in range(200):
+            kept = [kept_months(Augment(), 0, 1, 8 * micro * step + k) for k in range(8 * micro)]
+            hands = deal(kept, 8) if dealt else np.arange(8 * micro).reshape(8, micro).tolist()
+            sums = [sum(kept[i] for i in hand) for hand in hands]
+            ratios.append(max(sums) / np.mean(sums))
+        return float(np.mean(ratios))
+
+    assert waits(16, False) > 1.08 and waits(16, True) < 1.012
+    assert waits(2, False) > 1.16 and waits(2, True) < 1.12
+
+
 def test_an_epoch_is_a_permutation_cut_into_batches() -> None:
     seen = [chip for step in steps(50, 2, 1, 3, 4) for _, chip in step]
     assert len(seen) == 48 and len(set(seen)) == 48
@@ -48,7 +96,7 @@ def test_resume_goes_on_where_the_epoch_stood() -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_the_keys_to_change() -> None:
-    with pytest.raises(ConfigError, match=r"16 chips \(train.micro_batch 8 .* 1 ranks\) but only 9"):
+    with pytest.raises(ConfigError, match=r"16 chips but only 9 train; lower train.global_batch"):
         list(training_batches(9, 0, 0, Sharding(8, 2)))
 
 

@@ -22,7 +22,7 @@ RECIPE = """
 data: {{path: {data}, split: {{folds: 4}}, readers: 2}}
 run: {{name: {name}, folder: {folder}}}
 model: {{backbone: tf_mobilenetv3_small_minimal_100, decoder_channels: [8, 8, 8, 8, 8]}}
-train: {{micro_batch: 1, accumulate: 2, precision: fp32, device: cpu}}
+train: {{global_batch: 2, micro_batch: 1, precision: fp32, device: cpu}}
 phases: [{{name: first, epochs: 1, lr: 0.003}}, {{name: second, epochs: 1, lr: 0.001, train_on: all}}]
 checkpoint: {{every_steps: 1}}
 log: {{every: 1, chips: 1}}
@@ -131,8 +131,7 @@ def test_two_ranks_give_the_losses_of_one(whole: Path, folder: Path, sample: Pat
                                           stage: int) -> None:
     """Global batches of 2 chips either way: one rank accumulates two, two ranks take one each."""
     path = recipe(folder, sample, f"two-{stage}")
-    succeed(command("train", "--config", path, "--set", "train.accumulate=1", "--set", f"train.zero_stage={stage}",
-                    ranks=2))
+    succeed(command("train", "--config", path, "--set", f"train.zero_stage={stage}", ranks=2))
     ours, theirs = (history(run) for run in (folder / f"two-{stage}", whole))
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
     np.testing.assert_allclose([r["grad_norm"] for r in ours], [r["grad_norm"] for r in theirs], rtol=0.02)
@@ -143,9 +142,9 @@ def test_accumulation_over_two_ranks(folder: Path, sample: Path, command: Comman
     options = ["--set", "phases=[{epochs: 2, lr: 0.003}]", "--set", "data.split.folds=2", "--set", "validate.every=2",
                "--set", "checkpoint.every_steps=null"]
     succeed(command("train", "--config", recipe(folder, sample, "one-by-four"), *options,
-                    "--set", "train.accumulate=4"))
+                    "--set", "train.global_batch=4"))
     succeed(command("train", "--config", recipe(folder, sample, "two-by-two"), *options,
-                    "--set", "train.accumulate=2", "--set", "train.zero_stage=2", ranks=2))
+                    "--set", "train.global_batch=4", "--set", "train.zero_stage=2", ranks=2))
     one, two = (history(folder / name) for name in ("one-by-four", "two-by-two"))
     assert len(one) == 2
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)
@@ -215,7 +214,7 @@ def test_validation_and_prediction_agree(whole: Path, sample: Path, tmp_path: Pa
 
 def test_the_real_chip_overfits_and_predicts(real_data: Path, tmp_path: Path, command: Command) -> None:
     succeed(command("train", "--config", ROOT / "configs" / "demo.yaml", "--set", f"data.path={real_data}",
-                    "--set", "data.chips=[0060c0a5]", "--set", "data.overfit=true", "--set", "train.micro_batch=1",
+                    "--set", "data.chips=[0060c0a5]", "--set", "data.overfit=true", "--set", "train.global_batch=1",
                     "--set", "train.device=cpu", "--set", f"run.folder={tmp_path}", "--set", "run.name=real",
                     "--set", "phases=[{epochs: 40, lr: 0.01}]", "--set", "validate.every=40",
                     "--set", "augment={hflip: 0, rot90: false, rotate: 0, month_dropout: 0}"))

@@ -1,8 +1,9 @@
 """The plan: everything random about training data, as pure functions of (seed, epoch, position).
 
-DALI executes what is decided here and draws nothing itself.  A global batch is a slice of the epoch's order; ranks
-and micro-batches cut that slice, so the same chips with the same augmentation enter each step at any world size,
-and a run resumes from two integers.  Random numbers come from Philox, a counter-based generator (Salmon et al.
+DALI executes what is decided here and draws nothing itself.  A global batch is a slice of the epoch's order, dealt to
+micro-batches so that they keep about as many months, and these to ranks: so the same chips with the same augmentation
+enter each step at any world size, in the same micro-batches where they are of one size, and a run resumes from two
+integers.  Random numbers come from Philox, a counter-based generator (Salmon et al.
 2011): the state is the counter, and the counter is (epoch, position).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -132,9 +133,7 @@ class Sharding:
         Raises ConfigError where not even one batch fits.
         """
         if n < self.global_batch:
-            raise ConfigError(f"a step takes {self.global_batch} chips (train.micro_batch {self.micro_batch} × "
-                              f"train.accumulate {self.accumulate} × {self.world} ranks) but only {n} train; "
-                              f"lower one of them")
+            raise ConfigError(f"a step takes {self.global_batch} chips but only {n} train; lower train.global_batch")
         return n // self.global_batch
 
 
@@ -146,14 +145,42 @@ class Item(NamedTuple):
     valid: bool = True
 
 
-def training_batches(n: int, seed: int, epoch: int, sharding: Sharding, start_step: int = 0) -> Iterator[list[Item]]:
-    """This rank's micro-batches of an epoch, from optimizer step `start_step` on."""
+def training_batches(n: int, seed: int, epoch: int, sharding: Sharding, start_step: int = 0,
+                     augment: Augment | None = None) -> Iterator[list[Item]]:
+    """This rank's micro-batches of an epoch, from optimizer step `start_step` on.
+
+    augment: what months are dropped by, for dealing; None: a global batch is cut in its order.
+    """
     chips = order(n, seed, epoch)
     s = sharding
     for step in range(start_step, s.steps(n)):
+        first = step * s.global_batch
+        kept = [0] * s.global_batch if augment is None else \
+            [kept_months(augment, seed, epoch, p) for p in range(first, first + s.global_batch)]
+        dealt = deal(kept, s.accumulate * s.world)
         for turn in range(s.accumulate):
-            first = step * s.global_batch + (turn * s.world + s.rank) * s.micro_batch
-            yield [Item(int(chips[p]), p) for p in range(first, first + s.micro_batch)]
+            yield [Item(int(chips[first + k]), first + k) for k in dealt[turn * s.world + s.rank]]
+
+
+def kept_months(augment: Augment, seed: int, epoch: int, position: int) -> int:
+    """How many months the chip at `position` of an epoch keeps, of those that it has."""
+    return int(_group_keep(augment, seed, epoch, position // augment.group)[position % augment.group].sum())
+
+
+def deal(months: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices of `months` in `hands` equal hands of about equal sums, each in rising order.
+
+    The most first, and in every second round the other way round (as children choose teams): a rank's work is the
+    months that it encodes, and all wait for the one that has most.
+    """
+    if len(set(months)) == 1:
+        size = len(months) // hands
+        return [list(range(hand * size, (hand + 1) * size)) for hand in range(hands)]
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for place, index in enumerate(sorted(range(len(months)), key=lambda i: (-months[i], i))):
+        turn, hand = divmod(place, hands)
+        dealt[hands - 1 - hand if turn % 2 else hand].append(index)
+    return [sorted(hand) for hand in dealt]
 
 
 def evaluation_batches(n: int, sharding: Sharding) -> Iterator[list[Item]]:
