@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from engine.backbones import guess_backbone, input_channels
 from engine.errors import ConfigError, WeightsError
-from engine.files import atomic_write
 from engine.model import BiomassUNet
-from engine.tensors import read_tensors
+from engine.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +35,8 @@ def save_weights(path: str | Path, weights: nn.Module | Mapping[str, Tensor], ar
     architecture: `BiomassUNet.config()`; extra: further metadata, text to text.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    tensors = {name.replace("_orig_mod.", ""): tensor.detach().to("cpu", copy=True,
-                                                                  memory_format=torch.contiguous_format)
-               for name, tensor in state.items()}
-    content = memoryview(save(tensors, {**(extra or {}), "architecture": json.dumps(dict(architecture))}))
-    body = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(bytes(content[8:body]))
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library writes it in random order
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        handle.write(content[body:])
+    write_tensors(path, {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()},
+                  {**(extra or {}), "architecture": json.dumps(dict(architecture))})
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", backbone: str | None = None) -> BiomassUNet:
