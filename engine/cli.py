@@ -38,11 +38,11 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
         if reason is not None:  # this rank only noticed
             code = 2
             print(f"{parser.prog}: stopped by {reason}", file=sys.stderr, flush=True)
-        elif reason is None:
+        else:
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and code != STOPPED and _ranks("world") not in (None, 1):
+    if code and code != STOPPED and _ranks("alone") is False:
         os._exit(code)  # what Python ends by itself would wait for ranks that have left
     sys.exit(code)
 

@@ -196,6 +196,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else launchers.place(os.environ).rank
 
 
+def alone() -> bool:
+    """Whether there is no other rank that this one has met."""
+    return _Joined.host_group is None
+
+
 def local_world() -> int:
     """Ranks on this host."""
     return launchers.place(os.environ).local_world
@@ -235,7 +240,11 @@ def of_all(value: Any) -> list[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A stage that all ranks pass, or none: where one fails, it raises its error and the others `Elsewhere`."""
+    """A stage that all ranks pass, or none: where one fails, it raises its error and the others `Elsewhere`.
+
+    For what a rank does by itself.  A message between ranks inside would meet the wrong one where a rank fails before
+    it; an error beside one reaches the others through `abandon`.
+    """
     failure: Exception | None = None
     try:
         yield

@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from engine.data import store
 from engine.data.bands import SENSORS, T
 from engine.data.index import Chip, open_index, verify
 from engine.data.source import open_source
 from engine.errors import DataError
 from engine.files import write_text
-from engine.parallel import rank, world
+from engine.parallel import of_all, rank, world
 from engine.progress import Progress
 
 REPORT = "quarantine.json"
@@ -55,25 +53,22 @@ def find(path: Path | str, chips: Sequence[Chip], nodata_months: str, workers: i
             progress.advance()
             if problem is not None:
                 bad[chip.id] = problem
-    if world() > 1:
-        everyone: list[dict[str, str]] = [{}] * world()
-        torch.distributed.all_gather_object(everyone, bad)
-        bad = {chip: problem for part in everyone for chip, problem in part.items()}
-    return dict(sorted(bad.items()))
+    return dict(sorted(item for part in of_all(bad) for item in part.items()))
 
 
 def record(folder: Path, bad: dict[str, str]) -> None:
-    """Write RUN/quarantine.json.  Raises DataError where the run was begun with other chips in quarantine."""
+    """Write RUN/quarantine.json.  Raises DataError where the run was begun with other chips in quarantine.
+
+    For rank 0: all have found the same.
+    """
     path = folder / REPORT
     before = json.loads(path.read_text()) if path.exists() else None
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # every rank has looked before rank 0 writes
     if before is not None and before.keys() != bad.keys():
         changed = sorted(before.keys() ^ bad.keys())
         raise DataError(f"{path}: this run was begun with {len(before)} chips in quarantine, now there are {len(bad)} "
                         f"({', '.join(changed[:5])} changed), and its order would be another; restore them as they "
                         f"were, or give this run another run.name")
-    if rank() == 0 and before is None:
+    if before is None:
         write_text(path, json.dumps(bad, indent=1) + "\n")
         for chip, problem in bad.items():
             print(f"left out: chip {chip}: {problem}", flush=True)

@@ -97,10 +97,9 @@ class Trainer:
         with together():
             self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
                                       cache_gb=config.data.cache_gb, backend=self.backend)
-            self.loss = make_loss(config.loss.name, **config.loss.options)
-            # The smallest of the ranks' memories: all cut alike
-            memory = min(of_all(device_memory(device, local_world())))
-            self.sharding = cut(config, world(), rank(), memory)
+        self.loss = make_loss(config.loss.name, **config.loss.options)
+        memory = min(of_all(device_memory(device, local_world())))  # all cut alike
+        self.sharding = cut(config, world(), rank(), memory)
         self.eval_batch = config.validate_.micro_batch or self.sharding.micro_batch
         self.stop = StopFlag()
         self.background = Background()
@@ -110,8 +109,8 @@ class Trainer:
         if config.data.cache_gb and local_world() > 1:
             self._say(f"data.cache_gb: {config.data.cache_gb:g} GB for each rank, "
                       f"{config.data.cache_gb * local_world():g} GB on a host of {local_world()}")
-        if bad is not None:
-            with together():
+        with together():
+            if bad is not None and rank() == 0:
                 quarantine.record(self.folder, bad)
 
     # The run -------------------------------------------------------------------------------------------------
@@ -121,8 +120,11 @@ class Trainer:
 
         Raises Stopped, with everything saved, after SIGTERM or SIGINT.
         """
+        found = None
         with together():
-            resume_from, self.state = from_rank_0(self._where_to_begin() if rank() == 0 else None)
+            if rank() == 0:
+                found = self._where_to_begin()
+        resume_from, self.state = from_rank_0(found)
         self.log = RunLog(self.folder, self.state.step)
         old = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         metrics: dict[str, float] = {}
@@ -160,8 +162,7 @@ class Trainer:
             model = self._initial_model()
         self.engine = self._engine(model)
         if resume_from is not None:
-            with together():
-                checkpoint.load(self.engine, resume_from)
+            checkpoint.load(self.engine, resume_from)
             self._say(f"resumed from {resume_from}")
         train_loader = self._loader(self.sharding.micro_batch, warp=True)
         eval_loader = self._loader(self.eval_batch, warp=False)
@@ -398,9 +399,8 @@ class Trainer:
 
     def _save(self) -> None:
         average_statistics(self.engine.module)
-        with together():
-            checkpoint.save(self.engine, self.folder / "checkpoints", self.state.step, asdict(self.state),
-                            self.config.checkpoint.keep, first=self.background.finish)
+        checkpoint.save(self.engine, self.folder / "checkpoints", self.state.step, asdict(self.state),
+                        self.config.checkpoint.keep, first=self.background.finish)
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self.stop.asked = True
