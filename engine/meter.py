@@ -82,8 +82,8 @@ class Window:
         cost = sum(self._first) - len(self._first) * self._usual
         if self._first and self._usual and cost > 1:
             self._log.scalars("tuning", step, {"new_shapes": len(self._first), "seconds": cost})
-            self._progress.say(f"step {step}: first passes of {len(self._first)} new shapes of batch took {cost:.1f} s more than later "
-                               "ones (compilers, cuDNN's choice of algorithms)")
+            self._progress.say(f"step {step}: first passes of {len(self._first)} new shapes of batch took {cost:.1f} s "
+                               "more than later ones (compilers, cuDNN's choice of algorithms)")
             self._first = []
         self.note = f"loss {losses[-1]:.2f}"
         self._clear()
