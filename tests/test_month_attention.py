@@ -17,16 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import native
 from kernels.month_attention import cpu, month_attention, resolve
+from tests.test_native import INSTRUCTIONS, choose, needs_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("pooled", "x", "w1", "b1", "ln_weight", "ln_bias", "w2", "b2")
 # Relative error of a whole tensor, ‖a − b‖ / ‖b‖. One month wrongly let in or left out at one pixel of these small
 # cases moves a tensor by 1e-2 and more; half precision is compared on inputs already rounded to it.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
-needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler on this machine")
 
 
 class Case(NamedTuple):
@@ -120,13 +118,37 @@ def test_reference_is_the_formula(name: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_kernel_is_the_reference(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_compiled_kernel_is_the_reference(
+    instructions: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    choose(monkeypatch, instructions)
     x, segments, layer, grad = make(CASES[name], dtype)
     parameters = [p.to(torch.float64 if dtype == torch.float64 else torch.float32) for p in layer]
     got = run("compile", x, segments, parameters, grad)
     assert got[0].dtype == got[1].dtype == dtype
     assert got[2].dtype == parameters[0].dtype
     assert_close(got, truth(x, segments, layer, grad), TOLERANCE[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("d", [13, 32, 130])  # padded, narrow, wide
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_a_month_alone_is_exact(
+    instructions: str, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its weight is 1 whatever the layer says: it is the pooled map, and gives the layer no gradient at all."""
+    choose(monkeypatch, instructions)
+    x, segments, layer, grad = make(Case((0, 1, 4, 5), 5, d, 5, 7), dtype)
+    layer = [p.to(torch.float64 if dtype == torch.float64 else torch.float32) for p in layer]
+    got = run("compile", x, segments, layer, grad)
+    for chip, image in ((0, 0), (2, 4)):
+        assert torch.equal(got[0][chip], x[image]) and torch.equal(got[1][image], grad[chip])
+    between = run("compile", x[1:4], torch.tensor([0, 3]), layer, grad[1:2])
+    assert all(torch.equal(a, b) for a, b in zip(got[2:], between[2:]))
+    alone = run("compile", x[:1], torch.tensor([0, 1]), layer, grad[:1])
+    assert not any(gradient.any() for gradient in alone[2:])
 
 
 @needs_compiler
@@ -139,8 +161,10 @@ def test_one_channel_is_the_plain_mean() -> None:
 
 
 @needs_compiler
-def test_confident_softmax_stays_finite() -> None:
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_confident_softmax_stays_finite(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of hundreds: the running maximum has to carry them."""
+    choose(monkeypatch, instructions)
     x, segments, layer, grad = make(CASES["blocks with a remainder"], torch.float32)
     layer[4] = layer[4] * 300
     parameters = [p.float() for p in layer]
@@ -331,8 +355,10 @@ def test_a_third_of_the_memory() -> None:
 
 
 @needs_compiler
-def test_gelu_is_exact_in_float32() -> None:
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_gelu_is_exact_in_float32(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one month, no features and w2 picking channel 0, log Σ exp of the logits is GELU(ln_bias[0])."""
+    choose(monkeypatch, instructions)
     zero, first = torch.zeros(16), torch.eye(16)[0]
     x, segments = torch.zeros(1, 16, 1, 1), torch.tensor([0, 1], dtype=torch.int32)
     points = torch.linspace(-8, 8, 321)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.month_attention import ops
 from kernels.month_attention.reference import month_attention_reference
-from kernels.native import find_compiler
+from kernels.native import find_compiler, instructions
 
 IMPLEMENTATIONS = ("auto", "triton", "compile", "reference")
 
@@ -44,8 +44,10 @@ def resolve(implementation: str, device: torch.device | str) -> str:
     if implementation == "auto":
         if kind == "cuda" and has_triton:
             return "triton"
-        return "compile" if kind == "cpu" and find_compiler() else "reference"
-    if implementation == "triton":
+        if kind != "cpu" or find_compiler() is None:
+            return "reference"
+        implementation = "compile"
+    elif implementation == "triton":
         if not has_triton:
             raise RuntimeError("month attention 'triton' needs the package triton: install it, or choose 'auto'")
         if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -53,11 +55,13 @@ def resolve(implementation: str, device: torch.device | str) -> str:
                 f"month attention 'triton' runs on CUDA, not on {kind!r}: choose 'auto', or set TRITON_INTERPRET=1 "
                 "before Python starts to run it in Triton's (slow) interpreter"
             )
-    if implementation == "compile":
+    elif implementation == "compile":
         if kind != "cpu":
             raise RuntimeError(f"month attention 'compile' runs on the CPU, not on {kind!r}: choose 'auto' or 'triton'")
         if find_compiler() is None:
             raise RuntimeError("month attention 'compile' needs a C++ compiler (c++, g++, clang++ or $CXX): none found")
+    if implementation == "compile":
+        instructions()  # what $KERNELS_CPU asks in vain is better said here than in the first step
     return implementation
 
 

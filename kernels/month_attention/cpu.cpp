@@ -119,7 +119,10 @@ inline Vec<float> tail(Vec<float> t) {
 inline Vec<float> density(Vec<float> t) {
     return exp2_negative(t * t * -0.7213475204444817f - 1.3257480647361592f);
 }
-inline Vec<float> exponential(Vec<float> x) { return exp2_negative(x * 1.44269504f); }  // x ≤ 0
+// x ≤ 0. The polynomial is 1 + 1e-7 at 0, where a month that is alone (or weighs all) must weigh exactly 1.
+inline Vec<float> exponential(Vec<float> x) {
+    return x == 0 ? Vec<float>{} + 1.f : exp2_negative(x * 1.44269504f);
+}
 inline Vec<double> exponential(Vec<double> x) {
     for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp(x[i]);
     return x;
@@ -333,6 +336,10 @@ void backward(const T* grad, const T* features, const int32_t* segments, const T
             const Task& task = tasks[job];
             const int64_t rows = task.months * task.count, at = task.chip * pixels + task.pixel;
             if (!rows) continue;
+            if (task.months == 1) {  // its weight is 1 whatever the layer says: rounding must not give that a gradient
+                copy_rows(grad + at * d, d, grad_features + (task.first * pixels + task.pixel) * d, d, task.count, d);
+                continue;
+            }
             gather(features, pixels, d, task, x.data, dp);
             if (hidden) gather(hidden, pixels, d, task, h.data, dp);
             else first_layer<T>(layer, task, x, h);

@@ -114,7 +114,8 @@ def _backward_kernel(
             y, slope = gelu_and_slope(n * scale[None, :] + shift[None, :], EXACT)
             share = tl.exp(tl.sum(y * out[None, :], 1) - log_total)
             share = tl.where(image < last, share, 0.0)
-            d_logit = share * (tl.sum(g[None, :] * x, 1) - mean)
+            # a month alone weighs 1 whatever the layer says: rounding must not give that a gradient
+            d_logit = tl.where(last - first > 1, share * (tl.sum(g[None, :] * x, 1) - mean), 0.0)
             du = d_logit[:, None] * slope  # short of the factor `out`
             dn = du * slope_scale[None, :]
             dh = norm[:, None] * (dn - (tl.sum(dn, 1)[:, None] + n * tl.sum(dn * n, 1)[:, None]) / D)
