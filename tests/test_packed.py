@@ -198,7 +198,7 @@ def test_any_affine_matrix(tree: Path, stores: dict[bool, Path], matrix: list[li
     batch = load([new], [how], "cpu", warp=True)
     images, label = reference.transform(TiffSource().read(old, how.keep, TiffSource().buffer()), how.matrix, steps=True)
     counts = np.abs(pixels(batch)[0] - images) * store.CODES_SPAN
-    assert counts.max() < 1.01 and (counts > 0.01).mean() < 0.003  # exact halves, which each instruction set rounds its way
+    assert counts.max() < 1.01 and (counts > 0.01).mean() < 0.003  # exact halves: each instruction set rounds its way
     np.testing.assert_allclose(batch.label[0], label, rtol=1e-4, atol=1e-2)
 
 

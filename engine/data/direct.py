@@ -43,8 +43,8 @@ class Direct:
             packed_chip.images(), packed_chip.label(), _inflate()
         except (RuntimeError, OSError, AttributeError) as error:
             remedy = "" if "KERNELS_CPU" in str(error) else "install a C++ compiler (GCC 12 or newer, or clang), or "
-            raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; {remedy}set data.path to the TIFFs"
-                              ) from None
+            raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; {remedy}set data.path to the "
+                              f"TIFFs") from None
         self._source, self._batch_size, self._threads = source, batch_size, threads
         self._ahead, self._warp = ahead, warp
         self._slabs = _Slabs(page_locked)
