@@ -70,9 +70,11 @@ def cut(config: Config, world: int, rank: int = 0, memory: int | None = None) ->
                           f"{' or '.join(map(str, even))} ranks, or change it (which changes the training)")
     share = batch // world
     if micro == "auto":
+        if memory is None:
+            return Sharding(share, 1, world, rank)
         need = memory_need(config)
-        fits = share if memory is None else int((FILL * memory - need.fixed) // need.chip)
-        if memory is not None and fits < 1:
+        fits = int((FILL * memory - need.fixed) // need.chip)
+        if fits < 1:
             raise ConfigError(f"train.micro_batch: one chip needs {need.of(1) / 2**30:.1f} GiB (estimated) of a rank's "
                               f"{FILL * memory / 2**30:.1f}; choose a smaller model.backbone, or try "
                               f"train.micro_batch: 1 with train.checkpoint_activations: true")

@@ -53,8 +53,8 @@ _LAUNCHERS = (
 def place(environ: Mapping[str, str]) -> Place:
     """Read off the variables of the process.  Raises ConfigError where they do not say enough, or contradict."""
     found = [launcher for launcher in _LAUNCHERS if _first(environ, launcher.rank) is not None]
-    if len(found) == 2 and found[1].name == "srun" and _first(environ, found[1].world) == environ.get("PMI_SIZE"):
-        del found[0]  # srun --mpi=pmi2 sets the variables of both
+    if len(found) == 2 and found[0].rank == ("PMI_RANK",) and _first(environ, found[0].local_rank) is None:
+        del found[0]  # srun --mpi=pmi2 sets PMI_RANK too
     if found:
         return _read(environ, found[0])
     odd = next((key for launcher in _LAUNCHERS[:3] for key in launcher.world if key in environ), None)
@@ -69,11 +69,11 @@ def _read(environ: Mapping[str, str], launcher: _Launcher) -> Place:
     if _first(environ, launcher.world) is None and launcher.name == "srun":
         return Place(0, 1, 0, 1, "127.0.0.1", 0)  # a shell that a job's allocation gave, without tasks
     world = _number(environ, launcher, launcher.world)
-    if world == 1:
-        return Place(0, 1, 0, 1, environ.get("MASTER_ADDR", "127.0.0.1"), int(environ.get("MASTER_PORT", 0)))
-    local_rank = _number(environ, launcher, launcher.local_rank)
-    local_world = _local_world(environ, launcher, world)
-    if not 0 <= rank < world or not 0 <= local_rank < local_world:
+    local_rank, local_world = 0, 1
+    if world > 1:
+        local_rank = _number(environ, launcher, launcher.local_rank)
+        local_world = _local_world(environ, launcher, world)
+    if not 0 <= rank < world or not 0 <= local_rank < local_world <= world:
         raise ConfigError(f"{launcher.name} calls this process rank {rank} of {world}, {local_rank} of {local_world} "
                           f"on its host, which cannot be; are variables left over from another launcher?")
     return Place(rank, world, local_rank, local_world, _address(environ, launcher, world, local_world),
@@ -85,7 +85,7 @@ def _local_world(environ: Mapping[str, str], launcher: _Launcher, world: int) ->
     if text is None:
         return world
     if launcher.name != "srun":
-        return int(text)
+        return _number(environ, launcher, launcher.local_world)
     # 2(x3),1: two tasks on each of three nodes, one on the fourth
     counts = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
     node = int(environ.get("SLURM_NODEID", 0))
@@ -106,7 +106,9 @@ def _address(environ: Mapping[str, str], launcher: _Launcher, world: int, local_
 
 def _port(environ: Mapping[str, str], launcher: _Launcher, world: int, local_world: int) -> int:
     if "MASTER_PORT" in environ:
-        return int(environ["MASTER_PORT"])
+        return _number(environ, launcher, ("MASTER_PORT",))
+    if world == 1:
+        return 0
     job = _first(environ, launcher.job)
     if job is None and local_world == world:
         job = str(os.getppid())  # what started all of them
@@ -119,10 +121,10 @@ def _port(environ: Mapping[str, str], launcher: _Launcher, world: int, local_wor
 
 def first_host(nodes: str) -> str:
     """Of a Slurm list: `gpu[03-05,09],login1` begins with gpu03."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    match = re.match(r"(?:[^,\[\]]|\[\w[^\]]*\])+", nodes)
     if match is None:
         raise ConfigError(f"the node list {nodes!r} names no host; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _first(environ: Mapping[str, str], keys: tuple[str, ...]) -> str | None:
@@ -130,12 +132,13 @@ def _first(environ: Mapping[str, str], keys: tuple[str, ...]) -> str | None:
 
 
 def _number(environ: Mapping[str, str], launcher: _Launcher, keys: tuple[str, ...]) -> int:
-    text = _first(environ, keys)
-    if text is None:
+    key = next((key for key in keys if environ.get(key)), None)
+    if key is None:
         raise ConfigError(f"{launcher.name} started this process, but {' and '.join(keys)} "
                           f"{'is' if len(keys) == 1 else 'are'} not set: it cannot be told which of how many it is; "
                           f"start it with deepspeed, torchrun, srun or mpirun")
     try:
-        return int(text)
+        return int(environ[key])
     except ValueError:
-        raise ConfigError(f"{keys[0]} is {text!r}, not a number") from None
+        raise ConfigError(f"{key} is {environ[key]!r}, not a number; {launcher.name} started this process, and sets it "
+                          f"right where nothing else does") from None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import ipaddress
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -63,9 +65,15 @@ def join(wanted: str, timeout: float = 600.0) -> torch.device:
     ConfigError where the launcher does not say which rank this is, or the others are not met.
     """
     place = launchers.place(os.environ)
-    device = own_device(wanted, place.local_rank, place.local_world)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_to(place.address) if place.world > 1 else "lo")
-    store = _meet(place, device, timeout)
+    device, trouble = torch.device("cpu"), None
+    try:
+        device = own_device(wanted, place.local_rank, place.local_world)
+    except DeviceError as error:
+        trouble = error  # the others have to hear of it
+    store = _meet(place, device, timeout, trouble)
+    if place.world > 1:
+        _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout)
+        _Joined.watch.start()
     if place.local_world > 1:  # ranks of a host share its cores
         cores = max(1, len(os.sched_getaffinity(0)) // place.local_world)
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
@@ -88,8 +96,6 @@ def join(wanted: str, timeout: float = 600.0) -> torch.device:
     deepspeed.init_distributed(dist_backend=backend, timeout=wait, verbose=False)
     if place.world > 1:
         _Joined.host_group = dist.new_group(backend="gloo", timeout=wait)
-        _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout)
-        _Joined.watch.start()
     return device
 
 
@@ -109,48 +115,82 @@ def own_device(wanted: str, local_rank: int, local_world: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _meet(place: Place, device: torch.device, timeout: float) -> Any:
-    """The store in which the ranks have met, after all have said what they are."""
+def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceError | None = None) -> Any:
+    """The store in which the ranks have met, after all have said what they are, or what keeps them from it."""
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank),
                       LOCAL_WORLD_SIZE=str(place.local_world), MASTER_ADDR=place.address,
                       MASTER_PORT=str(place.port or _free_port()))
     host = socket.gethostname()
     card = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     if place.world == 1:
+        if trouble is not None:
+            raise trouble
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return dist.HashStore()  # which listens on no port
+    own = _address_to(place.address)
     try:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=timeout)))
-        store.set(f"rank/{place.rank}", json.dumps([host, device.type, card]))
-        everyone = [json.loads(store.get(f"rank/{rank}")) for rank in range(place.world)]
+        said = _Said(host, own, device.type, card, str(trouble) if trouble is not None else None)
+        store.set(f"rank/{place.rank}", json.dumps(said))
+        everyone = [_Said(*json.loads(store.get(f"rank/{rank}"))) for rank in range(place.world)]
+        store.set(f"met/{place.rank}", "")
+        if place.rank == 0:  # whose end is the store's
+            store.wait([f"met/{rank}" for rank in range(place.world)])
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
         raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {place.address}:"
                           f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); were all started, and can "
                           f"they reach that host?") from None
-    _Joined.names = [f"rank {rank} on host {name}" for rank, (name, _, _) in enumerate(everyone)]
-    for rank, (_, kind, _) in enumerate(everyone):
-        if kind != everyone[0][1]:
-            raise DeviceError(f"{_Joined.names[0]} works on {everyone[0][1]}, {_Joined.names[rank]} on {kind}: ranks "
-                              f"of one run need devices of one kind; set train.device (--device), or leave it out")
-    owner: dict[tuple[str, str], int] = {}
-    for rank, (name, _, uuid) in enumerate(everyone):
-        if uuid is not None and owner.setdefault((name, uuid), rank) != rank:
-            raise DeviceError(f"{_Joined.names[owner[name, uuid]]} and rank {rank} share one GPU; start as many ranks "
-                              f"on a host as it has GPUs (--num_gpus, --gpus-per-task=1)")
+    _Joined.names = [f"rank {rank} on host {said.host}" for rank, said in enumerate(everyone)]
+    if trouble is not None:
+        raise trouble
+    _agree(everyone)
+    # By a host's own name gloo may find 127.0.1.1, as may rank 0 by MASTER_ADDR: those on other hosts know better
+    if ipaddress.ip_address(own).is_loopback:
+        elsewhere = (said.address for said in everyone if not ipaddress.ip_address(said.address).is_loopback)
+        own = next(map(_address_to, elsewhere), own)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(own))
     return store
 
 
-def _interface_to(address: str) -> str:
-    """The network interface that reaches `address`: by a host's own name gloo may find 127.0.1.1."""
-    import psutil
+class _Said(NamedTuple):
+    """What ranks tell one another when they meet."""
 
+    host: str
+    address: str  # by which the rank goes to rank 0's host
+    kind: str  # of device
+    card: str | None  # a GPU's UUID
+    trouble: str | None
+
+
+def _agree(everyone: list[_Said]) -> None:
+    names = _Joined.names
+    owner: dict[str, int] = {}
+    for rank, said in enumerate(everyone):
+        if said.trouble is not None:
+            raise Elsewhere(f"stopped by {names[rank]}: {said.trouble}")
+        if said.kind != everyone[0].kind:
+            raise DeviceError(f"{names[0]} works on {everyone[0].kind}, {names[rank]} on {said.kind}: ranks of one "
+                              f"run need devices of one kind; set train.device (--device), or leave it out")
+        if said.card is not None and owner.setdefault(said.card, rank) != rank:
+            raise DeviceError(f"{names[owner[said.card]]} and rank {rank} share one GPU; start as many ranks on a "
+                              f"host as it has GPUs (--num_gpus, --gpus-per-task=1)")
+
+
+def _address_to(address: str) -> str:
+    """This host's own address on the way to `address`."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)  # nothing is sent
-            own = probe.getsockname()[0]
+            return probe.getsockname()[0]
     except OSError as error:
         raise ConfigError(f"MASTER_ADDR {address!r} cannot be reached from {socket.gethostname()} ({error}); set it to "
                           f"the name or address of rank 0's host") from None
+
+
+def _interface_of(own: str) -> str:
+    import psutil
+
     return next((name for name, addresses in psutil.net_if_addrs().items()
                  if any(found.address == own for found in addresses)), "lo")
 
@@ -164,6 +204,7 @@ def _free_port() -> int:
 def leave() -> None:
     """After success on all ranks: NCCL's communicators are destroyed together or not at all."""
     if _Joined.watch is not None:
+        _Joined.watch.all_here()
         barrier()
         _Joined.watch.stop()
     if dist.is_initialized():
@@ -176,12 +217,19 @@ def abandon(error: BaseException) -> str | None:
     Nothing is destroyed: that would wait for ranks that will not come.
     """
     watch = _Joined.watch
-    if watch is None or isinstance(error, Elsewhere):
+    if watch is None:
         return None
-    lost = isinstance(error, RuntimeError)  # so gloo and NCCL report a peer that is gone
+    if isinstance(error, Elsewhere):
+        watch.heard()
+        return None
+    # How gloo, NCCL and the store report a peer that is gone
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and
+                                                 re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE))
     reason = watch.told(3 * GONE if lost else 0)
     if reason is None:
         watch.tell(f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error))
+    else:
+        watch.linger()
     return reason
 
 

@@ -100,13 +100,12 @@ class Writer:
         self._waiting: deque[_Pending] = deque()
 
     def add(self, batch: Batch, prediction: torch.Tensor) -> None:
-        host = prediction[:, 0].to("cpu", non_blocking=True)
+        maps, valid = (tensor.to("cpu", non_blocking=True) for tensor in (prediction[:, 0], batch.valid))
         done = None
         if prediction.device.type == "cuda":
             done = torch.cuda.Event()
-            done.record()
-        ids = [chip.id for chip in batch.chips]
-        self._waiting.append(_Pending(ids, host, batch.valid.to("cpu", non_blocking=True), done))
+            done.record()  # behind both copies
+        self._waiting.append(_Pending([chip.id for chip in batch.chips], maps, valid, done))
         if len(self._waiting) > 1:
             self._write(self._waiting.popleft())
 

@@ -91,5 +91,7 @@ class _Bucket:
         self._work.wait()  # on a GPU the stream waits, not the host
         flat = self._sent.float()
         for parameter, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
-            parameter.grad = grad.view_as(parameter)
+            view = grad.view_as(parameter)
+            # Fused AdamW goes through memory: a gradient that lies otherwise than its parameter updates the wrong ones
+            parameter.grad = view if parameter.is_contiguous() else torch.empty_like(parameter.detach()).copy_(view)
         self._work = self._sent = None

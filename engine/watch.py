@@ -16,8 +16,11 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds in which a rank that was told is to leave by itself
+PATIENCE = 5.0  # seconds that a message to the store may take; a frozen or unplugged host takes it without an answer
 ABRUPT = 2  # exit status of a rank that did not
 
 
@@ -31,25 +34,37 @@ class Watch(threading.Thread):
                  leave: Callable[[int], Any] = os._exit):
         super().__init__(name="watch", daemon=True)
         self._store, self._rank, self._names, self._timeout, self._leave = store, rank, names, timeout, leave
-        store.set_timeout(timedelta(seconds=max(3 * PERIOD, 5)))
+        store.set_timeout(timedelta(seconds=PATIENCE))
         self._over = threading.Event()
         self._heard = {other: ("", time.monotonic()) for other in (range(1, len(names)) if rank == 0 else (0,))}
+        self._answered = time.monotonic()  # the store, last
         self._lock = threading.Lock()
         self.reason: str | None = None
 
     def run(self) -> None:
-        beat = 0
+        # A thread of its own: what a frozen host does not answer is waited for without end
+        threading.Thread(target=self._look_often, name="watch-store", daemon=True).start()
         while not self._over.wait(PERIOD):
-            beat += 1
-            try:
-                self._look(beat)
-            except Exception as error:  # the store is gone, and rank 0 with it
-                self._set(f"{self._names[0]} no longer answers ({type(error).__name__})")
+            silent = time.monotonic() - self._answered
+            if silent > self._timeout + PERIOD:
+                self._set(f"{self._names[0]}, which has not answered for {silent:.0f} s")
             if self.reason is not None:
                 if not self._over.wait(GRACE):
                     print(f"stopped by {self.reason}", file=sys.stderr, flush=True)
                     self._leave(ABRUPT)
                 return
+
+    def _look_often(self) -> None:
+        beat = 0
+        while self.reason is None and not self._over.wait(PERIOD):
+            beat += 1
+            try:
+                self._look(beat)
+            except dist.DistStoreError:  # it took too long; `run` says when that is too often
+                continue
+            except Exception:  # the store is gone, and rank 0 with it
+                self._set(f"{self._names[0]}, which no longer answers")
+            self._answered = time.monotonic()
 
     def _look(self, beat: int) -> None:
         with self._lock:
@@ -84,14 +99,38 @@ class Watch(threading.Thread):
         return self.reason
 
     def tell(self, text: str) -> None:
-        """That this rank leaves, and why.  Rank 0 waits for the others to have read it, for some seconds."""
-        with suppress(Exception), self._lock:
-            self._store.compare_set("failed", "", f"{self._names[self._rank]}: {text}")
+        """That this rank leaves, and why."""
+        if self._lock.acquire(timeout=PATIENCE):
+            with suppress(dist.DistError):
+                self._store.compare_set("failed", "", f"{self._names[self._rank]}: {text}")
+            self._lock.release()
+        self.linger()
+
+    def heard(self) -> None:
+        """This rank leaves, and knows why without having looked."""
+        if self._lock.acquire(timeout=PATIENCE):
+            with suppress(dist.DistError):
+                self._store.add("told", 1)
+            self._lock.release()
+        self.stop()
+
+    def linger(self) -> None:
+        """Look no more.  Rank 0, with whom the store ends, waits for the others to have read it, for some seconds."""
         self.stop()
         end = time.monotonic() + (3 * PERIOD if self._rank == 0 else 0)
-        with suppress(Exception):
+        with suppress(dist.DistError):
             while time.monotonic() < end and self._store.add("told", 0) < len(self._names) - 1:
                 time.sleep(0.05)
+
+    def all_here(self) -> None:
+        """Wait for all ranks, however long one still works alone: that it lives is enough."""
+        with self._lock:
+            self._store.add("here", 1)
+        while self.reason is None:
+            with self._lock:
+                if self._store.add("here", 0) >= len(self._names):
+                    return
+            time.sleep(0.05)
 
     def stop(self) -> None:
         self._over.set()

@@ -6,6 +6,7 @@ Run it again, with the same command, to go on after an interruption.
 from __future__ import annotations
 
 import argparse
+import os
 
 from engine.cli import main
 
@@ -27,6 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set)
     if args.dry_run:
+        if "WORLD_SIZE" in os.environ:  # whatever number of ranks it is asked about
+            os.environ.setdefault("RANK", "0")
+            os.environ.setdefault("LOCAL_RANK", "0")
         from engine.dryrun import describe
 
         if rank() == 0:

@@ -15,7 +15,7 @@ from engine.data import tiff
 from engine.data.index import open_index
 from engine.dryrun import describe
 from engine.errors import DeviceError, EngineError
-from engine.parallel import resolve_device
+from engine.parallel import own_device
 from engine.selection import select_chips
 from tests.conftest import ROOT, TINY, Command
 
@@ -130,7 +130,7 @@ def test_data_verify_stops_before_the_first_step(sample: Path, tmp_path: Path) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_recipe_on_a_machine_without_one(command: Command, sample: Path) -> None:
     with pytest.raises(DeviceError, match="train.device gpu: this machine has no CUDA device"):
-        resolve_device("gpu")
+        own_device("gpu", 0, 1)
     assert "train.device gpu" in message(command("train", "--config", DEMO, "--set", "train.device=gpu", "--set",
                                                  f"data.path={sample}"))
 
