@@ -226,6 +226,15 @@ class Recorder:
             print(_line(record), flush=True)
         return timings
 
+    def absent(self, title: str, variant: str, why: str, failed: bool = False) -> None:
+        """Record a variant that was not measured, and why; `failed`: though it should have been."""
+        self.take({"group": title, "variant": variant, "baseline": variant, "n": 0, "work": {}, "error": why}, failed)
+
+    def take(self, record: Mapping[str, Any], failed: bool = False) -> None:
+        """Record what another process measured."""
+        self._write(record)
+        self.failed += [f"{record['group']}, {record['variant']}: {record['error']}"] if failed else []
+
     def note(self, text: str, **values: float) -> None:
         """Record numbers that are no timing of a variant, as a fitted slope; names with their units."""
         self._write({"note": text, "values": values})

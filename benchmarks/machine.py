@@ -105,7 +105,7 @@ def _driver() -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit, and whether files differ from it; None where this is no git checkout."""
+    """The commit, and whether files differ from it; where this is no git checkout, what BENCHMARK_COMMIT says."""
     def git(*words: str) -> str:
         folder = Path(__file__).parent
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
@@ -114,4 +114,4 @@ def _commit() -> dict[str, Any]:
         changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")  # which this run itself writes
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("BENCHMARK_COMMIT") or None, "dirty": None}

@@ -17,6 +17,7 @@ the model's definition for the months that are kept (the backward twice the forw
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -44,6 +45,7 @@ PARTS = ("training", "inference", "stages", "months")
 RUNGS = ("plain", "channels_last", "fused AdamW", "kept months only", "fused attention", "lean norms",
          "lean decoder", "activations again", "compiled regions", "recomputed blocks")
 INFERENCE = ("plain", "channels_last", "fused attention", "lean decoder", "compiled regions")  # others change nothing
+ENDS = ("plain", "compiled regions")  # the baseline, and all levers but those that trade time for memory
 MONTHS = (1, 2, 4, 8, 12)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,6 +61,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=TILE, help="pixels a side")
     parser.add_argument("--precision", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, help="of the ladder in training (default: all)")
     return parser
 
 
@@ -80,12 +83,16 @@ def run(args: argparse.Namespace) -> int:
         out_path(args, "model", device), "model", device,
         {"backbone": backbone, "decoder": list(decoder), "batch": setup.batch, "pixels": setup.size,
          "precision": "bf16 autocast, fp32 weights" if precision == "bf16" else precision,
-         "layout": "channels_last (plain NCHW)", "month attention": resolve("auto", device)},
+         "layout": "channels_last (plain NCHW)", "month attention": resolve("auto", device),
+         "cudnn.benchmark": torch.backends.cudnn.benchmark},
         ceilings(device, DTYPES[precision], small=args.smoke))
     recorder.note("arithmetic forward", **{"GFLOP a month, encoder": flop.encoder / 1e9, "attention":
                                            flop.attention / 1e9, "GFLOP a chip, decoder": flop.decoder / 1e9})
     args.backend = "eager" if args.smoke else "inductor"  # which spends minutes in a C++ compiler
-    models = {rung: build(rung, setup, args.backend) for rung in RUNGS}
+    needed = {"training": args.rungs or RUNGS, "inference": INFERENCE, "stages": ENDS,
+              "months": (*ENDS, "channels_last")}
+    models = {rung: build(rung, setup, args.backend) for rung in RUNGS
+              if any(rung in needed[part] for part in args.parts)}
     for part in args.parts:
         PARTS_RUN[part](recorder, models, setup, flop, args)
     return recorder.close()
@@ -127,11 +134,13 @@ def training(recorder: Recorder, models: Models, setup: Setup, flop: Flop, args:
     kept = sum(int((~batch(warmup + i).dropped).sum()) for i in range(args.n)) / args.n
     recorder.note("training batches", **{"kept months of a chip, mean": kept / setup.batch})
     variants = []
-    for rung, model in models.items():
+    for rung in args.rungs or RUNGS:
+        model = models[rung]
         step = train_step(model.train(), _optimizer(model, RUNGS.index(rung) >= RUNGS.index("fused AdamW")), setup)
         if rung == "compiled regions":
             start = time.perf_counter()
-            step(full)
+            with contextlib.suppress(Exception):  # it comes again as this rung's row
+                step(full)
             if setup.device.type == "cuda":
                 torch.cuda.synchronize(setup.device)
             recorder.note("first training step, compiled regions", s=time.perf_counter() - start)
@@ -239,8 +248,8 @@ def _whole(model: BiomassUNet, batch: Batch, setup: Setup, backward: bool) -> Ca
 
 
 def _pair(models: Models) -> Models:
-    """The baseline and all levers but those that trade time for memory."""
-    return {"plain": models["plain"], "all levers": models["compiled regions"]}
+    """The models of ENDS."""
+    return {name: models[rung] for name, rung in zip(("plain", "all levers"), ENDS)}
 
 
 PARTS_RUN = {"training": training, "inference": inference, "stages": stage_times, "months": month_costs}

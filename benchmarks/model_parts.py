@@ -21,6 +21,8 @@ from engine.losses import make_loss
 from engine.model import BiomassUNet
 
 CLIP = 5.0  # the recipe's gradient norm
+RECIPE = Augment()
+POOL = 64  # batches that stand for the recipe's
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,23 @@ class Batch(NamedTuple):
     label: Tensor  # [B, H, W] t/ha
 
 
-def recipe_batches(setup: Setup, n: int, pool: int = 64) -> list[int]:
+def recipe_batches(setup: Setup, n: int, augment: Augment = RECIPE, pool: int = POOL) -> list[int]:
     """`n` batches of the recipe's first epoch for `make_batch`, at the quantiles of their kept months: few repeats
     then see the recipe's mean, too."""
-    by_months = sorted(range(pool), key=lambda number: int(_kept(setup, number).sum()))
+    by_months = sorted(range(pool), key=lambda number: int(kept_months(setup, number, augment).sum()))
     return [by_months[int((k + 0.5) / n * pool)] for k in range(n)]
 
 
-def _kept(setup: Setup, number: int) -> Tensor:
+def kept_months(setup: Setup, number: int, augment: Augment = RECIPE) -> Tensor:
+    """[B] int: how many months each chip of batch `number` keeps."""
     positions = range(number * setup.batch, (number + 1) * setup.batch)
-    return torch.tensor([int(draw(Augment(), 0, 0, position).keep.sum()) for position in positions])
+    return torch.tensor([int(draw(augment, 0, 0, position).keep.sum()) for position in positions])
 
 
 def make_batch(setup: Setup, number: int | None, months: int = T) -> Batch:
     """Batch `number` of the recipe's first epoch; None: all months kept."""
     generator = torch.Generator().manual_seed(number or 0)
-    kept = torch.full((setup.batch,), months) if number is None else _kept(setup, number)
+    kept = torch.full((setup.batch,), months) if number is None else kept_months(setup, number)
     dropped = torch.arange(months) >= kept[:, None]
     images = torch.rand(setup.batch, months, setup.size, setup.size, C, generator=generator)
     images[dropped] = 0
@@ -99,7 +102,7 @@ class Flop(NamedTuple):
         with FlopCounterMode(display=False) as encoder:
             levels = model.encoder(torch.empty(1, C, setup.size, setup.size, device="meta"))
         with FlopCounterMode(display=False) as decoder:
-            model.decode(levels)
+            model.segmentation_head(model.decoder(levels))
         layers = sum(2 * level.shape[1] * level.numel() for level in levels)  # the D × D layer, per pixel
         return cls(encoder.get_total_flops(), layers, decoder.get_total_flops())
 
