@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_CHIPS ?= 48
 
-.PHONY: install demo test lint gpu-check clean
+.PHONY: install demo test coverage lint gpu-check clean
 
 install: .venv/.installed
 
@@ -23,10 +23,15 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --durations=12
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
+
+coverage: lint
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal --durations=20
+	$(BIN)/python tests/coverage_gate.py
 
 gpu-check:
-	bash benchmarks/gpu_check.sh
+	failed=0; for call in 1 2 3; do bash benchmarks/gpu_check.sh $$call || failed=1; done; exit $$failed
 
 clean:
-	rm -rf .venv build data/demo runs/demo demo *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build data/demo runs/demo demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

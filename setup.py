@@ -51,6 +51,7 @@ setup(
         "xarray": ["xarray"],
         "bench": BENCH,  # the loader that benchmarks/loader.py compares with
         "dev": ["xarray", *BENCH, *DOWNLOAD, "moto[s3]>=5", "flask", "flask-cors",
-                "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+                "pytest>=8", "pytest-xdist>=3.6", "coverage>=7.10", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14",
+                "types-PyYAML"],
     },
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: see engine/cli.py
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many workers as cores
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +22,12 @@ SHARED = ROOT.parent / "shared" / "data"
 
 # A UNet small enough for a test, with every part of the real one
 TINY = ["--set", "model.backbone=tf_mobilenetv3_small_minimal_100", "--set", "model.decoder_channels=[8,8,8,8,8]"]
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may not be there
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: a worker a core that this process may use, at most 8: one took 3 GB, beside the runs it starts."""
+    return min(len(os.sched_getaffinity(0)), 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -104,9 +114,18 @@ def command_line(script: str, *args: object, ranks: int = 0) -> list[str]:
     words = [f"launch/{script}.py", *map(str, args)]
     if ranks:
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        port = 29500 + os.getpid() % 2000
-        return [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(port), *words]
+        return [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *words]
     return [sys.executable, *words]
+
+
+def free_port() -> int:
+    """Below the ports that the system gives to outgoing connections, one of which could take it before it is used; by
+    chance, so that two workers do not find the same one free."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)  # tests seed the other one
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def environment() -> dict[str, str]:

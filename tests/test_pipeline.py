@@ -227,6 +227,32 @@ def test_nan_in_label_or_image_is_an_error(tmp_path: Path) -> None:
         TiffSource().read(chip, np.ones(T, bool), empty_stack())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "precision"), [("gpu", "fp32"), ("gpu", "bf16"), ("cpu", "fp32")])
+def test_batches_are_right_where_the_gpu_is_behind(sample: Path, backend: str, precision: str) -> None:
+    """torch's stream sleeps before it reads each batch, while the loader and DALI run ahead."""
+    chips = open_index(sample).split("train")
+    requests = [[Request(chips[n % 8], draw(Augment(rotate=1), 0, 0, n))] for n in range(12)]
+    loader = Loader(TiffSource(), batch_size=1, device=torch.device("cuda", 0), backend=backend, precision=precision,
+                    warp=True, prefetch=2)
+    found = []
+    for delay in (0, 200_000_000):  # cycles, 0.1 s and more: several batches could be made meanwhile
+        seen = []
+        for batch in loader.batches(requests):
+            torch.cuda._sleep(delay)
+            seen.append((batch.images.clone(), batch.label.clone()))
+            del batch
+        torch.cuda.synchronize()
+        found.append(seen)
+    for one, other in zip(*found):
+        assert all(map(torch.equal, one, other))
+    cpu = load(requests, warp=True)
+    for (images, label), batch in zip(found[1], cpu):
+        apart = (images.float().cpu() - batch.images).abs()
+        assert apart.mean() < (1e-4 if precision == "fp32" else 1e-3)
+        torch.testing.assert_close(label.cpu(), batch.label, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_gpu_backend_says_what_is_missing(sample: Path) -> None:
     with pytest.raises(DeviceError, match=r"data.backend gpu: this machine has no CUDA device; set"):
