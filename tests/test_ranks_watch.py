@@ -52,7 +52,7 @@ def three(port: int, timeout: float = 60) -> Iterator[tuple[list[Watch], list[in
             each.stop()
 
 
-def soon(condition: Callable[[], bool], seconds: float = 10) -> None:
+def soon(condition: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -73,13 +73,14 @@ def test_who_failed_first_is_told_to_all(capfd: pytest.CaptureFixture[str]) -> N
     del server
 
 
-def test_rank_0_keeps_the_store_until_the_others_have_read() -> None:
+def test_rank_0_keeps_the_store_until_the_others_have_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PERIOD", 2.0)
     port = free_port()
     server = store(port, serve=True)
-    watches = [Watch(store(port), rank, NAMES, 60) for rank in range(3)]
+    watches = [Watch(store(port), rank, NAMES, 60, leave=lambda _: None) for rank in range(3)]
     watches[0].start()
     watches[2].tell("no room left")
-    assert watches[0].told(5) == "rank 2 on host c: no room left"
+    assert watches[0].told(30) == "rank 2 on host c: no room left"
     threading.Timer(0.2, watches[1].start).start()
     watches[0].linger()
     assert watches[1].reason == "rank 2 on host c: no room left"
@@ -87,23 +88,25 @@ def test_rank_0_keeps_the_store_until_the_others_have_read() -> None:
     del server
 
 
-def test_those_who_know_by_a_message_do_not_keep_rank_0_waiting() -> None:
+def test_those_who_know_by_a_message_do_not_keep_rank_0_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PERIOD", "GRACE", "PATIENCE"):
+        monkeypatch.setattr(watch, name, 60.0)
     port = free_port()
     server = store(port, serve=True)
-    watches = [Watch(store(port), rank, NAMES, 60) for rank in range(3)]
+    watches = [Watch(store(port), rank, NAMES, 60, leave=lambda _: None) for rank in range(3)]
     watches[1].heard()
     watches[2].heard()
     begin = time.monotonic()
     watches[0].tell("a key of the recipe")
-    assert time.monotonic() - begin < 0.2
+    assert time.monotonic() - begin < 20
     del server
 
 
 def test_a_silent_rank_is_named_and_one_that_works_for_long_is_not() -> None:
     port = free_port()
     server = store(port, serve=True)
-    with three(port, timeout=1) as (watches, _):
-        time.sleep(1.5)
+    with three(port, timeout=3) as (watches, _):
+        time.sleep(4)
         assert [each.reason for each in watches] == [None] * 3
         watches[1].stop()
         soon(lambda: None not in (watches[0].reason, watches[2].reason))
@@ -121,11 +124,11 @@ def test_rank_0s_host_dies_or_freezes_and_nobody_waits_for_it(number: int) -> No
         with three(port, timeout=1) as (watches, left):
             time.sleep(0.3)
             os.kill(server.pid, number)
-            soon(lambda: watches[1].reason is not None and watches[2].reason is not None, 5)
+            soon(lambda: watches[1].reason is not None and watches[2].reason is not None, 30)
             assert watches[1].reason.startswith("rank 0 on host a, which ")
             begin = time.monotonic()
             watches[1].tell("timed out")  # cannot be told, and does not hang
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 20
             soon(lambda: 2 in left)
     finally:
         if server.is_alive():
@@ -159,15 +162,15 @@ def test_a_slow_answer_is_not_a_lost_rank() -> None:
 def test_ranks_that_are_done_wait_for_one_that_works_on_alone() -> None:
     port = free_port()
     server = store(port, serve=True)
-    with three(port, timeout=0.5) as (watches, _):
+    with three(port, timeout=2) as (watches, _):
         threads = [threading.Thread(target=each.all_here) for each in watches[1:]]
         for thread in threads:
             thread.start()
-        time.sleep(1.5)  # longer than ranks wait for one that is silent
+        time.sleep(4)  # longer than ranks wait for one that is silent
         assert all(thread.is_alive() for thread in threads)
         watches[0].all_here()
         for thread in threads:
-            thread.join(2)
+            thread.join(20)
         assert not any(thread.is_alive() for thread in threads)
         assert [each.reason for each in watches] == [None] * 3
     del server
