@@ -230,8 +230,9 @@ def test_autocast_and_memory_layout() -> None:
     pred = model(chips)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(chips)
-    assert half.dtype == torch.bfloat16
-    assert (half.float() - pred).square().mean().sqrt() < 0.1 * pred.std()
+    # The head computes in float32: maps come in finer steps than bfloat16's, which are 1 to 2 t/ha above 128
+    assert half.dtype == torch.float32 and (half != half.bfloat16()).float().mean() > 0.9
+    assert (half - pred).square().mean().sqrt() < 0.1 * pred.std()
     by_pixel = chips.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)  # channels last in memory
     torch.testing.assert_close(model(by_pixel), pred, rtol=0, atol=0)
     model.to(memory_format=torch.channels_last)
