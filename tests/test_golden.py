@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
-import torch
 
 from engine.data import tiff
 from engine.data.bands import AGBM_IGNORE_ABOVE, S1_NODATA
@@ -20,13 +18,7 @@ Numbers = dict[str, Any]
 FILES = sorted(TREE.rglob("*.tif"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in tests/test_model.py: on a busy machine one thread is faster than two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(name: str) -> Numbers:

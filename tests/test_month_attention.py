@@ -198,12 +198,20 @@ def test_images_after_the_last_segment_do_not_matter() -> None:
 
 
 @needs_compiler
-def test_same_bits_each_time() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])  # as many as are asked for: workers of the suite have one each
+def test_same_bits_each_time(threads: int) -> None:
     x, segments, layer, grad = make(Case((0, 3, 15), 15, 32, 24, 24), torch.float32)
+    expected = truth(x, segments, layer, grad)
     layer = [p.float() for p in layer]
-    first = run("compile", x, segments, layer, grad)
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(run("compile", x, segments, layer, grad), first))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = run("compile", x, segments, layer, grad)
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(run("compile", x, segments, layer, grad), first))
+    finally:
+        torch.set_num_threads(before)
+    assert_close(first, expected, TOLERANCE[torch.float32])
 
 
 @needs_compiler
