@@ -25,9 +25,9 @@ from machine import ceilings, use_device
 from plain_model import PlainMonthAttention
 from torch import Tensor
 
-from engine.cli import main
-from engine.evaluate import autocast
-from engine.model import MonthAttention
+from engine.base.cli import main
+from engine.inference.chips import autocast
+from engine.model.unet import MonthAttention
 from kernels.month_attention import IMPLEMENTATIONS, resolve
 
 LEVELS = ((32, 128), (64, 64), (96, 32), (224, 16), (640, 8))  # (channels D, side of the map H) of each level

@@ -16,18 +16,20 @@ from pathlib import Path
 import numpy as np
 from machine import use_device
 
-from engine.cli import main
+from engine.base.cli import main
 from engine.config import Augment
 from engine.data import reference
-from engine.data.bands import S1, S2
+from engine.data.batch import Request
+from engine.data.dataset import S1, S2
+from engine.data.forms import open_source
 from engine.data.index import Chip, open_index
 from engine.data.loader import Loader
-from engine.data.pack import pack
+from engine.data.made.sample import make_sample
 from engine.data.plan import IDENTITY, Draw, draw
-from engine.data.request import Request
-from engine.data.sample import make_sample
-from engine.data.source import TiffSource, empty_stack, open_source
-from engine.data.store import CODE_STEP
+from engine.data.source import empty_stack
+from engine.data.store.chip_file import CODE_STEP
+from engine.data.store.pack import pack
+from engine.data.tiff.source import TiffSource
 
 FORMS = ("TIFF", "packed", "lossless")
 SPANS = np.concatenate([(S1.high - S1.low) / CODE_STEP, S2.high])  # of a band, in steps of the packed form

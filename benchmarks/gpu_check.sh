@@ -156,7 +156,7 @@ data() { # what every call works on: a tree, a store, and a store long enough fo
 
 call1() {
   data
-  tests data-tests 90 tests/test_pipeline.py tests/test_packed.py tests/test_pack.py
+  tests data-tests 90 tests/data/test_pipeline.py tests/data/test_packed.py tests/data/test_pack.py
   train recipe 300 $real "$work/long" --set data.split.folds=$folds --set "phases=[{epochs: $epochs}]" \
     --set train.global_batch=$batch --set train.micro_batch=$batch --set train.precision=$precision \
     --set log.every=$every --profile steps=$profile ${dry:+"${small[@]}"}
@@ -171,10 +171,10 @@ call1() {
 
 call2() {
   data
-  tests kernels 120 tests/test_month_attention_triton.py
+  tests kernels 120 tests/kernels/test_month_attention_triton.py
   stage data-check 60 "$python" benchmarks/data_check.py --device $device --chips .gpu/chips \
     ../shared/data/biomassters --most 2
-  tests gpu-tests 200 tests --ignore=tests/test_month_attention_triton.py
+  tests gpu-tests 200 tests --ignore=tests/kernels/test_month_attention_triton.py
   local zero
   for zero in 0 1 2 3; do
     train zero$zero 80 $real "$work/store" "${small[@]}" "${few[@]}" --set train.precision=$precision \

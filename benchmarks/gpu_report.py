@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.cli import main
-from engine.errors import DataError
+from engine.base.cli import main
+from engine.base.errors import DataError
 
 SETTLED = 20  # steps, in which shapes are compiled and tuned for the first time
 
@@ -244,8 +244,8 @@ def same(one: Path, other: Path, most: float) -> bool:
     """Whether the maps *_agbm.tif of two folders differ by at most `most` t/ha.  Prints the largest difference."""
     import numpy as np
 
-    from engine.data import tiff
-    from engine.data.bands import AGBM_DTYPE, TILE
+    from engine.data.dataset import AGBM_DTYPE, TILE
+    from engine.data.tiff import tiff
 
     names = sorted(path.name for path in one.glob("*_agbm.tif"))
     if not names or names != sorted(path.name for path in other.glob("*_agbm.tif")):

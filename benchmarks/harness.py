@@ -330,6 +330,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from engine.cli import main
+    from engine.base.cli import main
 
     main(arguments(), run)

@@ -40,20 +40,20 @@ from render import read
 from timm.layers import conv2d_same
 from torch import Tensor, nn
 
-from engine.cli import main
-from engine.compilation import compile_regions
+from engine.base.cli import main
 from engine.config import Augment, Optimizer
-from engine.cudagraphs import record
-from engine.data.bands import TILE, C
+from engine.data.batch import Request
+from engine.data.dataset import TILE, C
+from engine.data.forms import open_source
 from engine.data.index import open_index
 from engine.data.loader import Loader
 from engine.data.plan import draw
-from engine.data.request import Request
-from engine.data.source import open_source
-from engine.evaluate import autocast
-from engine.losses import make_loss
-from engine.model import BiomassUNet
-from engine.optim import make_optimizer, parameter_groups, set_learning_rate
+from engine.inference.chips import autocast
+from engine.inference.cudagraphs import record
+from engine.model.compilation import compile_regions
+from engine.model.unet import BiomassUNet
+from engine.training.losses import make_loss
+from engine.training.optim import make_optimizer, parameter_groups, set_learning_rate
 
 PRODUCTS = {"conv_1x1_as_mm": True, "max_autotune_gemm": True}  # of torch._inductor.config
 COARSE = RECIPE.model_copy(update={"group": 16, "months_step": 24})  # a recipe may not say more than 12 yet
@@ -319,8 +319,8 @@ def dali(recorder: Recorder, title: str, setup: Setup, args: argparse.Namespace)
 
 
 def _made_store(folder: Path, chips: int) -> Path:
-    from engine.data.pack import pack
-    from engine.data.sample import make_sample
+    from engine.data.made.sample import make_sample
+    from engine.data.store.pack import pack
 
     make_sample(folder / "data", chips, seed=1)
     pack(folder / "data", folder / "store", workers=8)

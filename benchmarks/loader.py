@@ -24,18 +24,19 @@ import torch
 from harness import Recorder, Variant, common_options, out_path
 from machine import use_device
 
-from engine.cli import main
+from engine.base.cli import main
+from engine.base.errors import ConfigError, DataError
 from engine.config import Augment
-from engine.data import store
-from engine.data.bands import SENSORS, T
+from engine.data.batch import Request
+from engine.data.dataset import SENSORS, T
+from engine.data.forms import open_source
 from engine.data.index import Chip, is_store, open_index
 from engine.data.loader import Loader
-from engine.data.pack import pack
+from engine.data.made.sample import make_sample
 from engine.data.plan import IDENTITY, draw
-from engine.data.request import Request
-from engine.data.sample import make_sample
-from engine.data.source import open_source, present_months
-from engine.errors import ConfigError, DataError
+from engine.data.source import present_months
+from engine.data.store import chip_file
+from engine.data.store.pack import pack
 
 MODES: dict[str, Augment | None] = {"full augmentation": Augment(), "without rotation": Augment(rotate=0.0),
                                     "without augmentation": None}
@@ -132,7 +133,7 @@ def bytes_to_read(request: Request) -> int:
     """By our loaders: the kept months and the label."""
     chip, months = request.chip, present_months(request.chip, request.draw.keep)
     if chip.packed is not None:
-        head = store.read_head(chip.packed)
+        head = chip_file.read_head(chip.packed)
         return sum(head.section(number)[1] for number in (0, *(1 + t for t in months)))
     paths = [chip.path(s, t) for s in range(len(SENSORS)) for t in months if chip.months[s][t]]
     return sum(path.stat().st_size for path in paths + ([chip.label] if chip.label else []))

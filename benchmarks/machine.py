@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import DeviceError
+from engine.base.errors import DeviceError
 
 PACKAGES = ("torch", "triton", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy",
             "opencv-python-headless", "tifffile", "lz4")

@@ -29,16 +29,16 @@ from model_parts import Batch, Flop, Setup, convolutions, make_batch, recipe_bat
 from plain_model import PlainUNet, plain_decoder, plain_norms
 from torch import nn
 
-from engine.cli import main
-from engine.compilation import checkpoint_regions, compile_regions
+from engine.base.cli import main
+from engine.base.errors import ConfigError
 from engine.config import Optimizer
-from engine.cudagraphs import Graphed
-from engine.data.bands import TILE, T
-from engine.errors import ConfigError
-from engine.evaluate import autocast
-from engine.inference import optimize_for_inference
-from engine.model import BiomassUNet
-from engine.optim import make_optimizer, parameter_groups, set_learning_rate
+from engine.data.dataset import TILE, T
+from engine.inference.chips import autocast
+from engine.inference.cudagraphs import Graphed
+from engine.inference.fold import optimize_for_inference
+from engine.model.compilation import checkpoint_regions, compile_regions
+from engine.model.unet import BiomassUNet
+from engine.training.optim import make_optimizer, parameter_groups, set_learning_rate
 from kernels.month_attention import resolve
 
 PARTS = ("training", "inference", "stages", "months")

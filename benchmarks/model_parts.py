@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import Augment
-from engine.data.bands import C, T
+from engine.data.dataset import C, T
 from engine.data.plan import draw
-from engine.evaluate import autocast
-from engine.losses import make_loss
-from engine.model import BiomassUNet
+from engine.inference.chips import autocast
+from engine.model.unet import BiomassUNet
+from engine.training.losses import make_loss
 
 CLIP = 5.0  # the recipe's gradient norm
 RECIPE = Augment()

@@ -19,9 +19,9 @@ import tifffile
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from engine.data.bands import S1, S1_NODATA, S2, TILE, C, T
+from engine.data.batch import Request
+from engine.data.dataset import S1, S1_NODATA, S2, TILE, C, T
 from engine.data.index import Chip
-from engine.data.request import Request
 from engine.data.source import turn_of
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images [T, C, H, W] float32, dropped [T], label [H, W]
@@ -85,7 +85,7 @@ class PlainLoader:
         self._device = device
         cores = sorted(os.sched_getaffinity(0))  # a fork server does not hand its parent's cores on
         context = multiprocessing.get_context("forkserver")  # DALI's threads would not survive a fork of this process
-        context.set_forkserver_preload(["torch", "cv2", "tifffile", "engine.data.loader", "engine.data.pack"])
+        context.set_forkserver_preload(["torch", "cv2", "tifffile", "engine.data.loader", "engine.data.store.pack"])
         self._loader = DataLoader(
             Chips(requests), batch_size, num_workers=workers, persistent_workers=True, pin_memory=device.type == "cuda",
             multiprocessing_context=context, worker_init_fn=_Start(cores))

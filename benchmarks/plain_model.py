@@ -3,7 +3,7 @@
 Every month passes through the encoder, dropped ones as well; the attention holds logits and weights of all months and
 masks them; convolutions see NCHW; timm's backbone is timm's; gates are added before they multiply; nothing is
 compiled.  This is how the 1st-place solution computes (DESIGN §3).  Parameters and their names are
-`engine.model.BiomassUNet`'s.
+`engine.model.unet.BiomassUNet`'s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.backbones import build_backbone
-from engine.decoder import ScSE
-from engine.model import BiomassUNet
-from engine.normact import BatchNormReLU
+from engine.model.activations import BatchNormReLU
+from engine.model.backbones import build_backbone
+from engine.model.decoder import ScSE
+from engine.model.unet import BiomassUNet
 
 
 class PlainMonthAttention(nn.Module):
-    """As `engine.model.MonthAttention`, over all months with a mask."""
+    """As `engine.model.unet.MonthAttention`, over all months with a mask."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -35,21 +35,21 @@ class PlainMonthAttention(nn.Module):
 
 
 class PlainScSE(ScSE):
-    """As `engine.decoder.ScSE`: the same parameters and, but for rounding, the same values."""
+    """As `engine.model.decoder.ScSE`: the same parameters and, but for rounding, the same values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.cSE(x) + self.sSE(x))
 
 
 class PlainBatchNormReLU(BatchNormReLU):
-    """As `engine.normact.BatchNormReLU`, one after the other."""
+    """As `engine.model.activations.BatchNormReLU`, one after the other."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(nn.BatchNorm2d.forward(self, x))
 
 
 class PlainUNet(BiomassUNet):
-    """As `engine.model.BiomassUNet`, in the plain way."""
+    """As `engine.model.unet.BiomassUNet`, in the plain way."""
 
     def __init__(self, *args: Any, memory_format: torch.memory_format = torch.contiguous_format, **options: Any):
         super().__init__(*args, **options)

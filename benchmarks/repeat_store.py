@@ -14,9 +14,9 @@ import struct
 import zlib
 from pathlib import Path
 
-from engine.cli import main
+from engine.base.cli import main
 from engine.data.index import read_manifest
-from engine.data.store import CHIPS, MANIFEST, SUFFIX, read_head
+from engine.data.store.chip_file import CHIPS, MANIFEST, SUFFIX, read_head
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from machine import ceilings, use_device
 from timm.layers import conv2d_same
 from torch import Tensor
 
-from engine.cli import main
+from engine.base.cli import main
 
 
 class Shape(NamedTuple):

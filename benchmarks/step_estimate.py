@@ -22,10 +22,10 @@ from machine import ceilings, use_device
 from model_parts import Setup, kept_months
 from torch import Tensor, nn
 
-from engine.cli import main
-from engine.data.bands import TILE, C, T
-from engine.decoder import DecoderBlock, ScSE, UpsampleConv2d
-from engine.model import BiomassUNet
+from engine.base.cli import main
+from engine.data.dataset import TILE, C, T
+from engine.model.decoder import DecoderBlock, ScSE, UpsampleConv2d
+from engine.model.unet import BiomassUNet
 
 H200 = {"copy_bytes_per_s": 4.3e12, "matmul_flop_per_s": 790e12}
 BF16 = 2  # bytes

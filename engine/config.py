@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -129,8 +129,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast; parameters stay float32
     zero_stage: Literal[0, 1, 2, 3] = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where there is one
-    # torch.compile of the model's blocks, not at zero_stage 3 (see engine/compilation.py); auto: on a GPU.  On a CPU it
-    # gains nothing over the model's own lean operators (benchmarks/results/model-cpu.md)
+    # torch.compile of the model's blocks, not at zero_stage 3 (see engine/model/compilation.py); auto: on a GPU.  On a
+    # CPU it gains nothing over the model's own lean operators (benchmarks/results/model-cpu.md)
     compile: bool | Literal["auto"] = "auto"
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are recomputed in the backward
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between ranks

@@ -16,33 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import numpy as np
 import torch
 
-from engine import checkpoint, pictures, quarantine, weights
-from engine.background import Background
-from engine.batchnorm import average_statistics, keep_horizon
-from engine.compilation import checkpoint_regions, compile_regions
-from engine.config import Config, Phase
-from engine.cut import cut, device_memory, explain
-from engine.data.index import Chip
-from engine.data.loader import Batch, Loader
-from engine.data.plan import draw, training_batches
-from engine.data.request import Request
-from engine.data.source import open_source
-from engine.errors import ConfigError, DataError, EngineError
-from engine.evaluate import evaluate
-from engine.files import hard_link
-from engine.losses import make_loss
-from engine.meter import Window
-from engine.model import BiomassUNet
-from engine.optim import learning_rate, make_optimizer, set_learning_rate
-from engine.parallel import (
+from engine.base.distributed import (
     StopFlag,
-    average_,
     barrier,
-    deepspeed_config,
     from_rank_0,
     local_world,
     of_all,
@@ -51,14 +29,35 @@ from engine.parallel import (
     together,
     world,
 )
-from engine.profile import Profile
-from engine.progress import Progress
-from engine.reduction import Reducer
-from engine.runfolder import claim
-from engine.runlog import RunLog
-from engine.scaling import LossScale, take_over
-from engine.selection import select_chips
-from kernels.month_attention import resolve
+from engine.base.errors import ConfigError, DataError, EngineError
+from engine.base.files import hard_link
+from engine.base.progress import Progress
+from engine.config import Config, Phase
+from engine.data.batch import Batch, Request
+from engine.data.forms import open_source
+from engine.data.index import Chip
+from engine.data.loader import Loader
+from engine.data.plan import draw, training_batches
+from engine.data.selection import quarantine
+from engine.data.selection.chips import select_chips
+from engine.inference import pictures
+from engine.inference.chips import predict_chips
+from engine.model import weights
+from engine.model.unet import BiomassUNet
+from engine.run.background import Background
+from engine.run.folder import claim
+from engine.run.log import RunLog
+from engine.run.profile import Profile
+from engine.training import checkpoint
+from engine.training.batchnorm import average_statistics
+from engine.training.cut import cut, device_memory, explain
+from engine.training.engine import full_state, make_engine
+from engine.training.loss_scale import LossScale
+from engine.training.losses import make_loss
+from engine.training.optim import learning_rate, set_learning_rate
+from engine.training.shown import Shown
+from engine.training.start import starting_model
+from engine.training.window import Window
 
 
 class Stopped(EngineError):
@@ -159,8 +158,8 @@ class Trainer:
             chips = sorted(self.train_chips + self.val_chips, key=lambda chip: chip.id)
         self.steps_per_epoch = self.sharding.steps(len(chips))
         with together():
-            model = self._initial_model()
-        self.engine = self._engine(model)
+            model = starting_model(config, state.phase, self.device, self._say)
+        self.engine, self.reducer = make_engine(model, config, self.sharding, self.device, self._say)
         if resume_from is not None:
             checkpoint.load(self.engine, resume_from)
             self._say(f"resumed from {resume_from}")
@@ -277,56 +276,7 @@ class Trainer:
                             f"validate on; the first: {next(iter(bad.values()))}")
         return bad
 
-    # Parts ---------------------------------------------------------------------------------------------------
-
-    def _initial_model(self) -> BiomassUNet:
-        """The model a phase starts from: the phase before's weights, the recipe's, or fresh ones."""
-        config, phase = self.config, self.config.phases[self.state.phase]
-        torch.manual_seed(config.run.seed)
-        start: str | Path | None = config.model.weights
-        if self.state.phase > 0:
-            before = config.phases[self.state.phase - 1].name
-            start = self.folder / "weights" / f"{before}-{phase.start_from}.safetensors"
-        if start is not None:
-            model = weights.load_model(start)
-            _same_architecture(model, config, start)
-        else:
-            model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels,
-                                pretrained=config.model.pretrained)
-            assert model.segmentation_head.bias is not None
-            torch.nn.init.constant_(model.segmentation_head.bias, config.model.initial_biomass)
-        model.skip_dropped_months = config.model.skip_dropped_months
-        try:
-            implementation = resolve(config.model.attention, self.device)
-        except RuntimeError as error:
-            raise ConfigError(f"model.attention: {error}") from None
-        for level in model.attn:
-            level.implementation = implementation
-        self._say(f"month attention: {implementation}")
-        return model
-
-    def _engine(self, model: BiomassUNet) -> Any:
-        model.to(self.device)
-        train = self.config.train
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # numbers of kept months make about ten shapes; the log says the cost
-        if train.compile is True or (train.compile == "auto" and self.device.type == "cuda"):
-            self._say(f"train.compile: {compile_regions(model, train.zero_stage)}")
-        if train.checkpoint_activations:
-            self._say(f"train.checkpoint_activations: {checkpoint_regions(model)}")
-        engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, self.config.optimizer),
-                                          config=deepspeed_config(self.config, self.sharding),
-                                          dist_init_required=False)
-        if train.precision == "fp16":
-            take_over(engine)
-        keep_horizon(model, world())
-        self.reducer: Reducer | None = None
-        if train.zero_stage == 0:
-            # DeepSpeed would flatten, reduce and copy back every gradient, after the backward and even for one rank
-            engine.enable_backward_allreduce = False
-            if world() > 1:
-                self.reducer = Reducer(model, torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32)
-        return engine
+    # Batches -------------------------------------------------------------------------------------------------
 
     def _loader(self, batch_size: int, warp: bool) -> Loader:
         data = self.config.data
@@ -353,9 +303,9 @@ class Trainer:
         average_statistics(self.engine.module)
         self.engine.eval()
         with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
-            table = evaluate(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
-                             tta=config.validate_.tta, precision=config.train.precision, device=self.device,
-                             each=shown.add)
+            table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
+                                  tta=config.validate_.tta, precision=config.train.precision, device=self.device,
+                                  each=shown.add)
         metrics = table.metrics()
         # Chips that were trained on do not choose weights
         judged = phase.train_on == "fold" or config.data.overfit
@@ -387,7 +337,7 @@ class Trainer:
     def _export(self, names: list[str], metrics: dict[str, float]) -> None:
         """Write weights/{name}.safetensors for each name, one file under all of them."""
         model: BiomassUNet = self.engine.module
-        state = _full_state(self.engine)
+        state = full_state(self.engine)
         if rank() == 0:
             notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics)}
             paths = [self.folder / "weights" / f"{name}.safetensors" for name in names]
@@ -414,42 +364,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if rank() == 0:
             print(text, flush=True)
-
-
-class Shown:
-    """Predictions of the first `n` chips, gathered from whichever rank has them: [n, H, W]."""
-
-    def __init__(self, n: int, device: torch.device):
-        self._n, self._device = n, device
-        self._maps: torch.Tensor | None = None
-
-    def add(self, batch: Batch, prediction: torch.Tensor) -> None:
-        if self._maps is None:
-            self._maps = torch.zeros(self._n + 1, *prediction.shape[2:], device=self._device)
-        # Rows beyond the shown ones, and padding, fall into the last place, which is thrown away
-        place = torch.where(batch.valid & (batch.rows < self._n), batch.rows, self._n)
-        self._maps[place] = prediction[:, 0]
-
-    def reduce(self) -> np.ndarray:
-        assert self._maps is not None
-        self._maps[self._n] = 0
-        return (average_(self._maps) * world())[:self._n].cpu().numpy()
-
-
-def _full_state(engine: Any) -> dict[str, torch.Tensor]:
-    """The model's state dict on the CPU, float32, whole at every ZeRO stage: on rank 0; elsewhere nothing is copied."""
-    module = engine.module
-    with deepspeed.zero.GatheredParameters(list(module.parameters()),
-                                           enabled=engine.zero_optimization_stage() == 3):
-        if rank() != 0:
-            return {}
-        return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
-
-
-def _same_architecture(model: BiomassUNet, config: Config, path: Path | str) -> None:
-    found, wanted = model.config(), config.model
-    for key in ("backbone", "decoder_channels", "in_channels"):
-        want = getattr(wanted, key)
-        if list(np.atleast_1d(found[key])) != list(np.atleast_1d(want)):
-            raise ConfigError(f"{path} holds a model with {key} {found[key]}, the recipe says {want}; "
-                              f"set model.{key} to the weights', or train from others")

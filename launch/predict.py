@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engine.cli import main
+from engine.base.cli import main
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -36,10 +36,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from engine.errors import ConfigError
-    from engine.evaluate import FLIPS
-    from engine.parallel import join, rank
-    from engine.predictor import choose_chips, predict
+    from engine.base.distributed import join, rank
+    from engine.base.errors import ConfigError
+    from engine.inference.chips import FLIPS
+    from engine.inference.predictor import choose_chips, predict
 
     tta = args.tta.split(",")
     unknown = [name for name in tta if name not in FLIPS]

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from engine.cli import main
+from engine.base.cli import main
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -74,9 +74,9 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    from engine.data.sample import make_sample
-    from engine.errors import ConfigError
-    from engine.progress import Progress
+    from engine.base.errors import ConfigError
+    from engine.base.progress import Progress
+    from engine.data.made.sample import make_sample
 
     if args.chips < 1 or args.test_chips < 0:
         raise ConfigError(f"--chips {args.chips} --test-chips {args.test_chips}: give at least one chip")
@@ -90,9 +90,9 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    from engine.base.errors import DataError
+    from engine.base.progress import Progress
     from engine.data.index import is_store, read_metadata, verify
-    from engine.errors import DataError
-    from engine.progress import Progress
 
     if not args.data.is_dir():
         raise DataError(f"{args.data}: no such folder")
@@ -114,9 +114,9 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_download(args: argparse.Namespace) -> int:
-    from engine.data import download, s3
-    from engine.errors import ConfigError, DataError
-    from engine.progress import Progress
+    from engine.base.errors import ConfigError, DataError
+    from engine.base.progress import Progress
+    from engine.data.fetch import download, s3
 
     if args.workers < 1 or args.retries < 0:
         raise ConfigError(f"--workers {args.workers} --retries {args.retries}: at least 1 and 0")
@@ -151,10 +151,10 @@ def run_download(args: argparse.Namespace) -> int:
 
 
 def verify_packed(args: argparse.Namespace) -> int:
+    from engine.base.errors import DataError
+    from engine.base.progress import Progress
     from engine.data.index import open_index
-    from engine.data.pack import verify_store
-    from engine.errors import DataError
-    from engine.progress import Progress
+    from engine.data.store.pack import verify_store
 
     with Progress("verifying", len(open_index(args.data)), "chip") as progress:
         problems = verify_store(args.data, args.workers, progress.advance)
@@ -167,9 +167,9 @@ def verify_packed(args: argparse.Namespace) -> int:
 
 
 def run_pack(args: argparse.Namespace) -> int:
+    from engine.base.progress import Progress
     from engine.data.index import open_index
-    from engine.data.pack import pack
-    from engine.progress import Progress
+    from engine.data.store.pack import pack
 
     with Progress("packing", len(open_index(args.data)), "chip") as progress:
         made = pack(args.data, args.out, lossless=args.lossless, workers=args.workers, verify=args.verify,
@@ -181,8 +181,8 @@ def run_pack(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from engine import pictures
-    from engine.data import open_chip
+    from engine.data.chip_view import open_chip
+    from engine.inference import pictures
 
     view = open_chip(args.data, args.chip)
     print(view.table())
@@ -193,10 +193,10 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def run_splits(args: argparse.Namespace) -> int:
+    from engine.base.errors import DataError
     from engine.data.index import open_index
-    from engine.errors import DataError
-    from engine.selection import mean_biomass
-    from engine.splits import kfold, save_folds, stratified
+    from engine.data.selection.chips import mean_biomass
+    from engine.data.selection.folds import kfold, save_folds, stratified
 
     chips = [chip for chip in open_index(args.data).split("train") if chip.label is not None]
     if not chips:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from engine.cli import main
+from engine.base.cli import main
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -23,21 +23,21 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    from engine.base.distributed import join, rank
     from engine.config import load_config
-    from engine.parallel import join, rank
 
     config = load_config(args.config, args.set)
     if args.dry_run:
         if "WORLD_SIZE" in os.environ:  # whatever number of ranks it is asked about
             os.environ.setdefault("RANK", "0")
             os.environ.setdefault("LOCAL_RANK", "0")
-        from engine.dryrun import describe
+        from engine.training.dryrun import describe
 
         if rank() == 0:
             print(describe(config))
         return 0
     device = join(config.train.device, config.train.timeout_s)  # DeepSpeed, when imported, picks its device too
-    from engine.profile import Profile, parse_window
+    from engine.run.profile import Profile, parse_window
     from engine.trainer import Trainer
 
     window = parse_window(args.profile) if args.profile else None

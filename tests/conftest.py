@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: see engine/cli.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: see engine/base/cli.py
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many workers as cores
 import torch
@@ -58,7 +58,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made data set of 8 labelled chips and 2 without label.  Tests that change files copy it first."""
-    from engine.data.sample import make_sample
+    from engine.data.made.sample import make_sample
 
     folder = tmp_path_factory.mktemp("sample") / "data"
     make_sample(folder, 8, 5, test_chips=2)
@@ -71,10 +71,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     another an orbit has a hole."""
     import numpy as np
 
-    from engine.data import tiff
-    from engine.data.bands import S1, S1_NODATA, T
+    from engine.data.dataset import S1, S1_NODATA, T
     from engine.data.index import open_index
-    from engine.data.sample import make_sample
+    from engine.data.made.sample import make_sample
+    from engine.data.tiff import tiff
 
     root = tmp_path_factory.mktemp("tree") / "data"
     make_sample(root, 3, 7, test_chips=1)
@@ -97,7 +97,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stores(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """`tree` packed: in steps under False, lossless under True."""
-    from engine.data.pack import pack
+    from engine.data.store.pack import pack
 
     folder = tmp_path_factory.mktemp("stores")
     for lossless in (False, True):

@@ -118,7 +118,7 @@ class Rank:
 @functools.cache
 def forks() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine.trainer", "engine.predictor"])
+    context.set_forkserver_preload(["engine.trainer", "engine.inference.predictor"])
     with mock.patch.dict(os.environ, environment()):
         multiprocessing.forkserver.ensure_running()
     return context

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.data import store
-from engine.data.bands import FEATURE_NAME, LABEL_NAME, MONTHS, SENSORS, T, feature_name
-from engine.data.checksum import cksum_file
-from engine.errors import DataError
+from engine.base.errors import DataError
+from engine.data.dataset import FEATURE_NAME, LABEL_NAME, MONTHS, SENSORS, T, feature_name
+from engine.data.store import chip_file
+from engine.data.tiff.checksum import cksum_file
 
 # Names under which the two CSVs are found in the wild
 FEATURE_CSVS = ("*features_metadata*.csv", "*features_metadata*.csv.gz")
@@ -104,19 +104,19 @@ def open_index(root: Path | str) -> Index:
 
 
 def is_store(root: Path) -> bool:
-    """Whether `root` holds packed chips (engine.data.pack), finished or not."""
-    return (root / store.MANIFEST).is_file() or (root / store.CHIPS).is_dir()
+    """Whether `root` holds packed chips (engine.data.store.pack), finished or not."""
+    return (root / chip_file.MANIFEST).is_file() or (root / chip_file.CHIPS).is_dir()
 
 
 def _open_store(root: Path) -> Index:
     manifest = read_manifest(root)
-    folder = root / store.CHIPS
-    there = {path.name for path in folder.glob(f"*{store.SUFFIX}")}
+    folder = root / chip_file.CHIPS
+    there = {path.name for path in folder.glob(f"*{chip_file.SUFFIX}")}
     chips = []
     for entry in manifest["chips"]:
-        path = folder / f"{entry['id']}{store.SUFFIX}"
+        path = folder / f"{entry['id']}{chip_file.SUFFIX}"
         if path.name not in there:
-            raise DataError(f"{path}: is in {store.MANIFEST} but not on disk; {store.REMEDY}")
+            raise DataError(f"{path}: is in {chip_file.MANIFEST} but not on disk; {chip_file.REMEDY}")
         chips.append(Chip(entry["id"], entry["split"],
                           tuple(tuple(month == "1" for month in entry["months"][sensor.name]) for sensor in SENSORS),
                           folder, path if entry["label"] else None, path))
@@ -125,19 +125,19 @@ def _open_store(root: Path) -> Index:
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a packed store.  Raises DataError where it is missing, unreadable or of another version."""
-    path = root / store.MANIFEST
+    path = root / chip_file.MANIFEST
     try:
         manifest = json.loads(path.read_text())
         version, _ = manifest["version"], manifest["chips"][0]["id"]
     except FileNotFoundError:
-        raise DataError(f"{root}: packing is not finished (there is no {store.MANIFEST}); run the same "
+        raise DataError(f"{root}: packing is not finished (there is no {chip_file.MANIFEST}); run the same "
                         f"`launch/prepare.py pack` or `download` again, it goes on from where it stopped") from None
     except (ValueError, KeyError, TypeError, IndexError):
         raise DataError(f"{path}: is damaged; run `launch/prepare.py pack` again, it keeps the packed chips and writes "
                         f"the manifest anew") from None
-    if version != store.VERSION:
-        raise DataError(f"{path}: a store of format version {version}, this program reads {store.VERSION}; take the "
-                        f"program that packed it, or pack the TIFFs anew")
+    if version != chip_file.VERSION:
+        raise DataError(f"{path}: a store of format version {version}, this program reads {chip_file.VERSION}; take "
+                        f"the program that packed it, or pack the TIFFs anew")
     return manifest
 
 

@@ -1,7 +1,7 @@
 """From requests to batches on the device: chips are read ahead on threads, and a DALI pipeline makes batches of them
-(`Piped`); packed chips on a CPU become a batch directly (`engine.data.direct`).
+(`Piped`); packed chips on a CPU become a batch directly (`engine.data.store.cpu_batches`).
 
-The trainer and the evaluator ask for batches the same way; only the requests differ.
+Training and prediction ask for batches the same way; only the requests differ.
 """
 
 from __future__ import annotations
@@ -9,36 +9,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from engine.base.errors import DeviceError
 from engine.data import pipeline
-from engine.data.bands import T
-from engine.data.direct import Direct
+from engine.data.batch import Batch, Produced, Producer, Request
+from engine.data.dataset import T
 from engine.data.handoff import MOST, Handoff
-from engine.data.index import Chip
-from engine.data.packed import DIRECT, PackedSource
-from engine.data.request import Produced, Producer, Request
-from engine.data.source import UPRIGHT, Fed, Job, ReadAhead, Source, Turn, turn_of
-from engine.errors import DeviceError
+from engine.data.read_ahead import Fed, Job, ReadAhead
+from engine.data.source import UPRIGHT, Source, Turn, turn_of
+from engine.data.store.cpu_batches import Direct
+from engine.data.store.source import DIRECT, PackedSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Batch(NamedTuple):
-    """Slot k of chip b holds its k-th kept month; the slots after the last are zero and `dropped`.
-
-    Attention over months does not depend on their order, so kept months are simply moved to the front.
-    """
-
-    images: torch.Tensor  # [B, T, C, H, W], training precision, channels_last in memory
-    dropped: torch.Tensor  # [B, T] bool, on the host: the model counts kept months without waiting for the device
-    label: torch.Tensor  # [B, H, W] float32, t/ha
-    rows: torch.Tensor  # [B] int64
-    valid: torch.Tensor  # [B] bool; False marks padding of the last evaluation batch
-    chips: list[Chip]
 
 
 class Loader:

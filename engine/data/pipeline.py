@@ -1,6 +1,7 @@
 """The DALI pipeline: stored arrays in, normalised and augmented stacks out.  One definition for CPU and GPU.
 
-(The packed form in steps of 0.01 dB comes through here on a GPU only: on a CPU `engine.data.direct` is faster.)
+(The packed form in steps of 0.01 dB comes through here on a GPU only: on a CPU `engine.data.store.cpu_batches` is
+faster.)
 
 Everything stays pixel-interleaved ([…, H, W, C]), as the files are and as channels_last convolutions want it.  Each
 frame is a kept month; the dropped ones are never read, inflated, warped or scaled, and appear only as the zeros that
@@ -26,9 +27,9 @@ import nvidia.dali.fn as fn
 from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
-from engine.data.bands import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, C, T
-from engine.data.store import CODE_NODATA, CODES_LOW, CODES_SPAN, PLANE
-from engine.errors import ConfigError
+from engine.base.errors import ConfigError
+from engine.data.dataset import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, C, T
+from engine.data.store.chip_file import CODE_NODATA, CODES_LOW, CODES_SPAN, PLANE
 
 _GROUPS = ((0, 4), (4, 8), (8, 12), (12, 15))  # of all bands
 _S2_GROUPS = ((0, 4), (4, 8), (8, 11))  # of Sentinel-2's alone

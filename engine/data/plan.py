@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.base.errors import ConfigError
 from engine.config import Augment
-from engine.data.bands import TILE, T
-from engine.errors import ConfigError
+from engine.data.dataset import TILE, T
 
 # Streams that must not share numbers: the second word of Philox's 128-bit key
 _ORDER, _AUGMENT, _MONTHS, _ROUNDING = 1, 2, 3, 4

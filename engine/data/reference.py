@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.data.bands import S1, S1_NODATA, S2, C, T
+from engine.data.dataset import S1, S1_NODATA, S2, C, T
 from engine.data.source import Stack
-from engine.data.store import CODE_STEP
+from engine.data.store.chip_file import CODE_STEP
 
 
 def transform(stack: Stack, matrix: np.ndarray | None, steps: bool = False) -> tuple[np.ndarray, np.ndarray]:

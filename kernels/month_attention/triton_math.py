@@ -4,7 +4,8 @@ GELU(u) = u·Φ(u), Φ the normal distribution function. libdevice's erf costs a
 than all the rest of the month attention together; here the tail Φ(−t) = 2^−P(t), t ≥ 0, with a polynomial P, costs
 one exp2 and a few multiply-adds. P was fitted (Lawson-weighted least squares, so near minimax) to log2 of the tail
 on 0 ≤ t ≤ 6 and grows beyond, so that the tail goes to 0 for every larger t. Largest error of Φ and of GELU against
-float64: 7e-7 with degree 5, 4e-8 (float32 rounding) with degree 8; `tests/test_month_attention_triton.py` holds it.
+float64: 7e-7 with degree 5, 4e-8 (float32 rounding) with degree 8;
+`tests/kernels/test_month_attention_triton.py` holds it.
 """
 
 # mypy: disable-error-code="no-untyped-def"

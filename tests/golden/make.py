@@ -3,7 +3,7 @@
 They hold us to the 1st-place solution where its own outputs are not at hand.  The chain: `HELD` are tests that compare
 this code with what the winner's code gave (1e-9 in float64: outputs, losses, gradients) and with the real files (byte
 for byte); where one fails or skips, nothing is written.  Then this code writes what it computes, and
-tests/test_golden.py compares every later version with that.
+tests/model/test_golden.py compares every later version with that.
 
 Last made with Python 3.11, torch 2.15.0, timm 1.0.31 and numpy 2.4.6 on a CPU, after all of `HELD` passed there.  Made
 again it must give the same files to 1e-9: a change of these numbers is a change of the model or of the data's meaning.
@@ -23,20 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data import reference, tiff
-from engine.data.bands import AGBM_DTYPE, S1, S2, T, feature_name, label_name
+from engine.data import reference
+from engine.data.dataset import AGBM_DTYPE, S1, S2, T, feature_name, label_name
 from engine.data.index import open_index
-from engine.data.source import Stack, TiffSource
-from engine.losses import LOSSES, make_loss
-from engine.model import BiomassUNet
+from engine.data.source import Stack
+from engine.data.tiff import tiff
+from engine.data.tiff.source import TiffSource
+from engine.model.unet import BiomassUNet
+from engine.training.losses import LOSSES, make_loss
 
 GOLDEN = Path(__file__).parent
 HELD = (
-    "tests/test_model.py::test_predictions_of_the_winners_weights",
-    "tests/test_model.py::test_named_weights_output_and_losses",
-    "tests/test_model.py::test_named_weights_training_step",
-    "tests/test_tiff.py::test_real_files_come_back_byte_for_byte",
-    "tests/test_pipeline.py::test_real_values_are_normalised_as_the_winner_s",
+    "tests/model/test_unet.py::test_predictions_of_the_winners_weights",
+    "tests/model/test_unet.py::test_named_weights_output_and_losses",
+    "tests/model/test_unet.py::test_named_weights_training_step",
+    "tests/data/test_tiff.py::test_real_files_come_back_byte_for_byte",
+    "tests/data/test_pipeline.py::test_real_values_are_normalised_as_the_winner_s",
 )
 
 BACKBONES = ("tf_efficientnetv2_b0", "tf_mobilenetv3_small_minimal_100")

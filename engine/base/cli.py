@@ -1,0 +1,57 @@
+"""What the commands share: a user's error becomes one message and a non-zero exit; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from engine.base.errors import EngineError
+
+STOPPED = 143  # as a shell reports SIGTERM: the work is not done
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Before torch is imported: threads that wait by spinning take the cores from those that read and augment
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = parser.parse_args()
+    try:
+        code = run(args)
+        _ranks("leave")
+    except EngineError as error:
+        code = STOPPED if type(error).__name__ == "Stopped" else 2
+        _say(parser, error)
+        _ranks("leave") if code == STOPPED else _ranks("abandon", error)
+    except KeyboardInterrupt as error:
+        code = 130
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        _ranks("abandon", error)
+    except Exception as error:
+        code = 1
+        reason = _ranks("abandon", error)
+        if reason is not None:  # this rank only noticed
+            code = 2
+            print(f"{parser.prog}: stopped by {reason}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and code != STOPPED and _ranks("alone") is False:
+        os._exit(code)  # what Python ends by itself would wait for ranks that have left
+    sys.exit(code)
+
+
+def _say(parser: argparse.ArgumentParser, error: EngineError) -> None:
+    print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+
+
+def _ranks(call: str, *args: object) -> Any:
+    """A function of `engine.base.distributed`, where this process has anything to do with other ranks."""
+    parallel = sys.modules.get("engine.base.distributed")
+    return getattr(parallel, call)(*args) if parallel is not None else None

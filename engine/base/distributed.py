@@ -1,0 +1,324 @@
+"""Processes and devices: joining the others, and acting together with them."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from engine.base import launchers
+from engine.base.errors import ConfigError, DeviceError, EngineError
+from engine.base.launchers import Place
+from engine.base.watch import Watch
+
+
+class Elsewhere(EngineError):
+    """Another rank failed; the text says which and why."""
+
+
+class _Joined:
+    """What this process holds of the others."""
+
+    host_group: Any = None  # gloo: messages between hosts, which no step waits for the device for
+    watch: Watch | None = None
+    names: list[str] = []  # noqa: RUF012  (of all ranks, for people: "rank 3 on host b")
+
+
+def join(wanted: str, timeout: float = 600.0) -> torch.device:
+    """Join the processes that the launcher started, alone where there is none, and return this one's device.
+
+    wanted: "auto", "cpu" or "gpu".  timeout: seconds that ranks wait for one another.  To be called before DeepSpeed
+    is imported, which picks its accelerator then.
+    Raises DeviceError where "gpu" is not to be had, where ranks have devices of different kinds, or share a GPU;
+    ConfigError where the launcher does not say which rank this is, or the others are not met.
+    """
+    place = launchers.place(os.environ)
+    device, trouble = torch.device("cpu"), None
+    try:
+        device = own_device(wanted, place.local_rank, place.local_world)
+    except DeviceError as error:
+        trouble = error  # the others have to hear of it
+    store = _meet(place, device, timeout, trouble)
+    if place.world > 1:
+        _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout)
+        _Joined.watch.start()
+    if place.local_world > 1:  # ranks of a host share its cores
+        cores = max(1, len(os.sched_getaffinity(0)) // place.local_world)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(cores)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce first, 40 s and a compiler that may not be there
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(device)
+    backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=wait,
+                            device_id=device if device.type == "cuda" else None)
+    deepspeed.init_distributed(dist_backend=backend, timeout=wait, verbose=False)
+    if place.world > 1:
+        _Joined.host_group = dist.new_group(backend="gloo", timeout=wait)
+    return device
+
+
+def own_device(wanted: str, local_rank: int, local_world: int) -> torch.device:
+    """The device of a rank.  Raises DeviceError where "gpu" is not to be had."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "gpu" and not gpus:
+        raise DeviceError("train.device gpu: this machine has no CUDA device that torch can use; "
+                          "set train.device: cpu (or auto), or install the driver")
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu")
+    if gpus == 1:  # each rank sees its own alone (srun --gpus-per-task=1), or `_meet` finds that they share it
+        return torch.device("cuda", 0)
+    if local_rank >= gpus:
+        raise DeviceError(f"local rank {local_rank} of {local_world} has no GPU: this machine has {gpus}; launch with "
+                          f"--num_gpus {gpus}")
+    return torch.device("cuda", local_rank)
+
+
+def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceError | None = None) -> Any:
+    """The store in which the ranks have met, after all have said what they are, or what keeps them from it."""
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank),
+                      LOCAL_WORLD_SIZE=str(place.local_world), MASTER_ADDR=place.address,
+                      MASTER_PORT=str(place.port or _free_port()))
+    host = socket.gethostname()
+    card = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    if place.world == 1:
+        if trouble is not None:
+            raise trouble
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return dist.HashStore()  # which listens on no port
+    own = _address_to(place.address)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=timeout)))
+        said = _Said(host, own, device.type, card, str(trouble) if trouble is not None else None)
+        store.set(f"rank/{place.rank}", json.dumps(said))
+        everyone = [_Said(*json.loads(store.get(f"rank/{rank}"))) for rank in range(place.world)]
+        store.set(f"met/{place.rank}", "")
+        if place.rank == 0:  # whose end is the store's
+            store.wait([f"met/{rank}" for rank in range(place.world)])
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+        raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {place.address}:"
+                          f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); were all started, and can "
+                          f"they reach that host?") from None
+    _Joined.names = [f"rank {rank} on host {said.host}" for rank, said in enumerate(everyone)]
+    if trouble is not None:
+        raise trouble
+    _agree(everyone)
+    # By a host's own name gloo may find 127.0.1.1, as may rank 0 by MASTER_ADDR: those on other hosts know better
+    if ipaddress.ip_address(own).is_loopback:
+        elsewhere = (said.address for said in everyone if not ipaddress.ip_address(said.address).is_loopback)
+        own = next(map(_address_to, elsewhere), own)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(own))
+    return store
+
+
+class _Said(NamedTuple):
+    """What ranks tell one another when they meet."""
+
+    host: str
+    address: str  # by which the rank goes to rank 0's host
+    kind: str  # of device
+    card: str | None  # a GPU's UUID
+    trouble: str | None
+
+
+def _agree(everyone: list[_Said]) -> None:
+    names = _Joined.names
+    owner: dict[str, int] = {}
+    for rank, said in enumerate(everyone):
+        if said.trouble is not None:
+            raise Elsewhere(f"stopped by {names[rank]}: {said.trouble}")
+        if said.kind != everyone[0].kind:
+            raise DeviceError(f"{names[0]} works on {everyone[0].kind}, {names[rank]} on {said.kind}: ranks of one "
+                              f"run need devices of one kind; set train.device (--device), or leave it out")
+        if said.card is not None and owner.setdefault(said.card, rank) != rank:
+            raise DeviceError(f"{names[owner[said.card]]} and rank {rank} share one GPU; start as many ranks on a "
+                              f"host as it has GPUs (--num_gpus, --gpus-per-task=1)")
+
+
+def _address_to(address: str) -> str:
+    """This host's own address on the way to `address`."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # nothing is sent
+            return probe.getsockname()[0]
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR {address!r} cannot be reached from {socket.gethostname()} ({error}); set it to "
+                          f"the name or address of rank 0's host") from None
+
+
+def _interface_of(own: str) -> str:
+    import psutil
+
+    return next((name for name, addresses in psutil.net_if_addrs().items()
+                 if any(found.address == own for found in addresses)), "lo")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def leave() -> None:
+    """After success on all ranks: NCCL's communicators are destroyed together or not at all."""
+    if _Joined.watch is not None:
+        _Joined.watch.all_here()
+        barrier()
+        _Joined.watch.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def abandon(error: BaseException) -> str | None:
+    """Before leaving on failure: tell the others.  Returns why they left, where it was they who failed first.
+
+    Nothing is destroyed: that would wait for ranks that will not come.
+    """
+    watch = _Joined.watch
+    if watch is None:
+        return None
+    if isinstance(error, Elsewhere):
+        watch.heard()
+        return None
+    # How gloo, NCCL and the store report a peer that is gone
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and
+                                                 re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE))
+    reason = watch.told(3 * GONE if lost else 0)
+    if reason is None:
+        watch.tell(f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error))
+    else:
+        watch.linger()
+    return reason
+
+
+GONE = 2.0  # seconds
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else launchers.place(os.environ).world
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else launchers.place(os.environ).rank
+
+
+def alone() -> bool:
+    """Whether there is no other rank that this one has met."""
+    return _Joined.host_group is None
+
+
+def local_world() -> int:
+    """Ranks on this host."""
+    return launchers.place(os.environ).local_world
+
+
+Threads = int | Literal["auto"]
+
+
+def share_of_host(threads: Threads) -> int:
+    """A rank's part of so many threads of its host; auto: one a core, at most 8 a rank."""
+    if threads == "auto":
+        return max(1, min(8, len(os.sched_getaffinity(0)) // local_world()))
+    return max(1, threads // local_world())
+
+
+def barrier() -> None:
+    """All ranks have come here.  On the host: the device may still be at work."""
+    if _Joined.host_group is not None:
+        dist.barrier(group=_Joined.host_group)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value` (whatever pickles), on every rank."""
+    holder = [value]
+    if _Joined.host_group is not None:
+        dist.broadcast_object_list(holder, src=0, group=_Joined.host_group)
+    return holder[0]
+
+
+def of_all(value: Any) -> list[Any]:
+    """The ranks' values (whatever pickles), on every rank."""
+    values = [value] * world()
+    if _Joined.host_group is not None:
+        dist.all_gather_object(values, value, group=_Joined.host_group)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A stage that all ranks pass, or none: where one fails, it raises its error and the others `Elsewhere`.
+
+    For what a rank does by itself.  A message between ranks inside would meet the wrong one where a rank fails before
+    it; an error beside one reaches the others through `abandon`.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    texts = of_all(None if failure is None else str(failure) if isinstance(failure, EngineError)
+                   else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for name, text in zip(_Joined.names, texts):
+        if text is not None:
+            raise Elsewhere(f"stopped by {name}: {text}")
+
+
+def average_(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world()
+    return tensor
+
+
+class StopFlag:
+    """Whether any rank was asked to stop, or has failed.  Agreed on the host, so that no step waits for the device."""
+
+    GO, STOP, FAILED = range(3)
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def agreed(self) -> bool:
+        """Whether to stop.  Raises Elsewhere where a rank has said `failed`."""
+        state = self._most(self.STOP if self.asked else self.GO)
+        if state == self.FAILED:
+            with together():  # they say why
+                pass
+        return state == self.STOP
+
+    def failed(self, error: Exception) -> NoReturn:
+        """In place of `agreed`, before this rank leaves: raises `error`."""
+        self._most(self.FAILED)
+        with together():
+            raise error
+        raise AssertionError("unreachable")
+
+    @staticmethod
+    def _most(state: int) -> int:
+        if _Joined.host_group is None:
+            return state
+        flag = torch.tensor([state])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_Joined.host_group)
+        return int(flag)

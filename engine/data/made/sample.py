@@ -1,0 +1,230 @@
+"""A made-up data set in the exact layout of the challenge, behind `launch/prepare.py sample`.
+
+The demo trains on it and tests read it.  Forest and satellites are those of `engine.data.made.forest`; this module
+decides which images exist, and writes the TIFF tree, the two metadata CSVs with true sizes and checksums, and
+`sample.json`: seed, version, parameters, and what the best predictor reaches.
+
+Every chip is a pure function of (seed, chip number): more chips extend a set, in any order and on any number of
+threads.  The bytes repeat on one machine with one numpy (elsewhere the last bits of floats may differ).  Chips
+are made anew when a run is repeated and only what differs from the disk is written, so an interrupted or damaged
+set completes.
+
+Which Sentinel-2 months exist is drawn from the patterns of the challenge's own metadata (features_metadata.csv,
+8,689 training and 2,773 test chips, of which these six and four patterns are all).  The metadata does not tell
+which Sentinel-1 orbits are blank; those rates are chosen.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.base.errors import ConfigError, DataError
+from engine.data.dataset import AGBM_IGNORE_ABOVE, MONTHS, S1, S1_NODATA, S2, T, feature_name, label_name
+from engine.data.made import forest as forest
+from engine.data.tiff.checksum import posix_cksum
+from engine.data.tiff.tiff import encode, write_bytes
+
+VERSION = 1  # of what is drawn; raise it with every change of the bytes
+NOTE = "sample.json"
+
+# How many chips have which months of Sentinel-2, September first.
+S2_PATTERNS = {
+    "train": {"111011111111": 3991, "000000111111": 1311, "111111111111": 1251, "111001111111": 879,
+              "110001111111": 739, "000000011111": 518},
+    "test": {"111011111111": 1577, "111111111111": 539, "111001111111": 344, "110001111111": 313},
+}  # fmt: skip
+S1_ORBIT_NEVER = 0.04  # share of chips that lack one orbit in all months
+S1_ORBIT_MISSING = 0.10  # share of months that lack one orbit in other chips; never both
+
+FEATURE_COLUMNS = ("filename", "chip_id", "satellite", "split", "month", "size", "cksum", "s3path_us",
+                   "s3path_eu", "s3path_as", "corresponding_agbm")  # fmt: skip
+LABEL_COLUMNS = ("filename", "chip_id", "size", "cksum", "s3path_us", "s3path_eu", "s3path_as")
+_FIRST_TEST = 1 << 31  # chip number of the first test chip, so that more training chips do not move it
+
+
+class Plan(NamedTuple):
+    """What exists of one chip."""
+
+    s2: np.ndarray  # [T] bool: the month has a Sentinel-2 file
+    s1: np.ndarray  # [T, 2] bool: the month has the ascending, the descending orbit
+
+
+class Made(NamedTuple):
+    """One chip on disk: its CSV rows, and what the scores need of its label."""
+
+    features: list[dict[str, Any]]
+    label: dict[str, Any] | None
+    scores: dict[str, np.ndarray]  # per way of counting: pixels, sum, sum of squares, the best squared error
+
+
+def chip_id(seed: int, number: int) -> str:
+    """8 hex characters; different numbers never share one (each step below permutes the 32-bit integers)."""
+    x = (number + int(np.random.SeedSequence(seed).generate_state(1)[0])) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the finaliser of MurmurHash3
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return f"{x:08x}"
+
+
+def plan_chip(seed: int, number: int, split: str) -> Plan:
+    """Which months and orbits chip `number` of `split` ("train" or "test") has."""
+    rng = forest.generator(seed, number, 4)
+    patterns, counts = zip(*S2_PATTERNS[split].items())
+    pattern = patterns[rng.choice(len(patterns), p=np.array(counts) / sum(counts))]
+    orbit = rng.integers(0, 2, T)
+    lost = rng.random(T) < S1_ORBIT_MISSING
+    if rng.random() < S1_ORBIT_NEVER:
+        orbit[:], lost[:] = orbit[0], True
+    s1 = np.ones((T, 2), bool)
+    s1[lost, orbit[lost]] = False
+    return Plan(np.array([month == "1" for month in pattern]), s1)
+
+
+def make_sample(
+    out: Path | str,
+    chips: int,
+    seed: int,
+    test_chips: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write `chips` training and `test_chips` test chips under `out`, and return the content of sample.json.
+
+    `progress(done, total)` is called after every chip.  A folder that holds a smaller set of the same seed is
+    completed.  Raises ConfigError for impossible counts and DataError for a folder that holds anything else or
+    cannot be written.
+    """
+    out = Path(out)
+    if chips < 1 or test_chips < 0 or seed < 0:
+        raise ConfigError(f"chips {chips}, test chips {test_chips}, seed {seed}: chips must be at least 1, the "
+                          "others at least 0")
+    note: dict[str, Any] = {"version": VERSION, "seed": seed, "chips": chips, "test_chips": test_chips}
+    _claim(out, note)
+    jobs = [("train", n) for n in range(chips)] + [("test", _FIRST_TEST + n) for n in range(test_chips)]
+    pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
+    try:
+        futures = [pool.submit(_make_chip, out, seed, number, split) for split, number in jobs]
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            if progress is not None:
+                progress(done, len(jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    made = [future.result() for future in futures]
+    _write_csv(out / "features_metadata.csv", FEATURE_COLUMNS, (row for chip in made for row in chip.features))
+    _write_csv(out / "train_agbm_metadata.csv", LABEL_COLUMNS, (chip.label for chip in made if chip.label))
+    parameters = asdict(forest.P) | {"s1_orbit_never": S1_ORBIT_NEVER, "s1_orbit_missing": S1_ORBIT_MISSING}
+    note |= {"complete": True, **_summary(made[:chips]), "parameters": parameters}
+    _write_note(out, note)
+    return note
+
+
+def _claim(out: Path, note: dict[str, Any]) -> None:
+    """Mark `out` as a sample in the making, or refuse a folder that holds something else."""
+    path = out / NOTE
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is not a folder; choose another one for the sample")
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            same = all(found[key] == note[key] for key in ("version", "seed"))
+            fits = all(found[key] <= note[key] for key in ("chips", "test_chips"))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); remove {out} or choose another folder") from None
+        if not (same and fits):
+            made = ", ".join(f"{key} {found[key]}" for key in note)
+            raise DataError(f"{out}: holds another sample ({made}); remove it or choose another folder")
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: is not empty and no sample; choose another folder")
+    for part in out.glob("**/.*.part"):  # left by a run that was killed
+        part.unlink()
+    _write_note(out, note | {"complete": False})
+
+
+def _make_chip(out: Path, seed: int, number: int, split: str) -> Made:
+    """Make one chip and bring its files on the disk to it."""
+    chip, plan, stand = chip_id(seed, number), plan_chip(seed, number, split), forest.draw_stand(seed, number)
+    shares = forest.mixing(stand)
+    rows = []
+    for sensor in (S1, S2):
+        for month in range(T):
+            if sensor is S1:
+                image = forest.draw_s1(seed, number, month, stand)
+                image[..., np.repeat(~plan.s1[month], 2)] = S1_NODATA
+            elif plan.s2[month]:
+                image = forest.draw_s2(seed, number, month, stand, shares)
+            else:
+                continue
+            name = feature_name(chip, sensor, month)
+            file = _put(out, f"{split}_features", name, image)
+            rows.append({"filename": name, "chip_id": chip, "satellite": sensor.name, "split": split,
+                         "month": MONTHS[month], **file, "corresponding_agbm": label_name(chip)})
+    if split == "test":
+        return Made(rows, None, {})
+    label = forest.draw_label(seed, number, stand)
+    file = _put(out, "train_agbm", label_name(chip), label)
+    scores = {key: _score(stand.biomass, label, below) for key, below in _ways().items()}
+    return Made(rows, {"filename": label_name(chip), "chip_id": chip, **file}, scores)
+
+
+def _put(out: Path, folder: str, name: str, image: np.ndarray) -> dict[str, Any]:
+    """Bring one file to `image`; the columns of its CSV row that depend on its bytes and its place."""
+    data, path = encode(image), out / folder / name
+    if not (path.exists() and path.read_bytes() == data):
+        write_bytes(path, data)
+    bucket = "s3://drivendata-competition-biomassters-public"
+    places = {f"s3path_{region}": f"{bucket}-{region}/{folder}/{name}" for region in ("us", "eu", "as")}
+    return {"size": len(data), "cksum": posix_cksum(data), **places}
+
+
+def _write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: row["filename"]))
+    write_bytes(path, text.getvalue().encode())
+
+
+def _write_note(out: Path, note: dict[str, Any]) -> None:
+    write_bytes(out / NOTE, (json.dumps(note, indent=2) + "\n").encode())
+
+
+def _ways() -> dict[str, float]:
+    """The two ways of counting: as the loss does, without labels that reach AGBM_IGNORE_ABOVE, and all pixels."""
+    return {f"below_{AGBM_IGNORE_ABOVE:.0f}": AGBM_IGNORE_ABOVE, "all": math.inf}
+
+
+def _score(biomass: np.ndarray, label: np.ndarray, below: float) -> np.ndarray:
+    kept = label[label < below].astype(np.float64)
+    chance, _, variance = forest.label_moments(biomass.astype(np.float64), below)
+    best = (chance * variance).sum() / chance.sum()
+    return np.array([kept.size, kept.sum(), (kept**2).sum(), best * kept.size])
+
+
+def _summary(chips: list[Made]) -> dict[str, Any]:
+    """`rmse_floor`, `rmse_of_mean` and `label_mean` of the training chips, t/ha, for both ways of counting.
+
+    The floor is the RMSE of E[label | stand], expected over what no band sees: no predictor is better on
+    average, and one that sees only the bands is worse.  `rmse_of_mean` is that of answering `label_mean`
+    everywhere.  `pooled` is over all pixels, `per_chip` the mean over chips of each chip's RMSE.
+    """
+    result: dict[str, Any] = {"rmse_floor": {}, "rmse_of_mean": {}, "label_mean": {}}
+    for key in _ways():
+        pixels, total, squares, best = np.stack([chip.scores[key] for chip in chips]).T
+        mean = total.sum() / pixels.sum()
+        off = squares - 2 * mean * total + mean**2 * pixels
+        result["label_mean"][key] = float(mean)
+        for name, error in (("rmse_floor", best), ("rmse_of_mean", off)):
+            result[name][key] = {"pooled": math.sqrt(error.sum() / pixels.sum()),
+                                 "per_chip": float(np.sqrt(error / pixels).mean())}
+    return result

@@ -1,0 +1,65 @@
+"""Which chips a recipe trains and validates on: the data index, checked, and split."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.base.errors import ConfigError, DataError
+from engine.config import Config
+from engine.data.dataset import label_name
+from engine.data.forms import read_label
+from engine.data.index import Chip, is_store, open_index, verify
+from engine.data.selection.folds import kfold, load_folds, stratified
+from engine.data.store.pack import verify_store
+
+
+def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
+    """(training, validation) chips of a recipe.  Raises DataError where a chip has no label or does not exist."""
+    index = open_index(config.data.path)
+    if config.data.verify:
+        stored = is_store(index.root)
+        problems = verify_store(index.root) if stored else verify(index.files)
+        if problems:
+            raise DataError(f"{index.root}: {len(problems)} of {len(index) if stored else len(index.files)} files "
+                            f"differ from what was {'packed' if stored else 'published'}, first {problems[0].path}: "
+                            f"{problems[0].what}; {'pack' if stored else 'download'} them again")
+    chips = {chip.id: chip for chip in index.split("train")}
+    if config.data.chips is not None:
+        unknown = sorted(set(config.data.chips) - chips.keys())
+        if unknown:
+            raise DataError(f"data.chips: {', '.join(unknown[:5])} not among the {len(chips)} chips of {index.root}")
+        chips = {chip: chips[chip] for chip in sorted(set(config.data.chips))}
+    if not chips:
+        raise DataError(f"{index.root}: no training chips; expected train_features/ and train_agbm/")
+    for chip in chips.values():
+        if chip.label is None:
+            raise DataError(f"chip {chip.id} has no label: {label_name(chip.id)} is missing in "
+                            f"{chip.folder.parent / 'train_agbm'}; download it, or leave the chip out with data.chips")
+    if config.data.overfit:
+        return list(chips.values()), list(chips.values())
+    held_out = set(_folds(config, chips)[config.data.split.fold])
+    return ([chip for chip in chips.values() if chip.id not in held_out],
+            [chip for chip in chips.values() if chip.id in held_out])
+
+
+def _folds(config: Config, chips: dict[str, Chip]) -> list[list[str]]:
+    split = config.data.split
+    if split.scheme == "kfold":
+        return kfold(list(chips), split.folds, split.seed)
+    if split.scheme == "stratified":
+        return stratified(list(chips), {c.id: [not have for have in c.months[1]] for c in chips.values()},
+                          mean_biomass(list(chips.values())), split.folds, split.seed)
+    assert split.path is not None
+    folds = load_folds(split.path)
+    if split.fold >= len(folds):
+        raise ConfigError(f"data.split.fold {split.fold}: {split.path} has {len(folds)} folds")
+    absent = [chip for chip in chips if not any(chip in fold for fold in folds)]
+    if absent:
+        raise DataError(f"{split.path}: chip {absent[0]} and {len(absent) - 1} more of the data are in no fold; make "
+                        f"the split from this data with `launch/prepare.py splits`")
+    return folds
+
+
+def mean_biomass(chips: list[Chip]) -> dict[str, float]:
+    """Mean label of each chip, t/ha, read from the files."""
+    return {chip.id: float(read_label(chip).mean(dtype=np.float64)) for chip in chips}

@@ -1,0 +1,240 @@
+"""A TIFF tree in, a packed store out: `launch/prepare.py pack`.
+
+A store is a folder: `chips/{id}.safetensors` (engine.data.store.chip_file), one file a chip, and `manifest.json`,
+written last.  A chip's file appears whole or not at all, and holds the same bytes whoever wrote it and when, so a pack
+that was stopped, killed or ran out of disk goes on where it was, and ends in the same store.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.base.errors import ConfigError, DataError
+from engine.base.files import atomic_write, write_text
+from engine.data.dataset import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, T, feature_name, label_name
+from engine.data.index import Chip, Index, Problem, Published, is_store, open_index
+from engine.data.store import chip_file
+from engine.data.store.source import PackedSource
+from engine.data.tiff import tiff
+from engine.data.tiff.checksum import posix_cksum
+from engine.data.tiff.source import TiffSource
+
+FORMAT = "biomass-store"
+# Of the TIFFs' bytes, at most: real chips take 0.39 and 0.57, the made ones, which are noisier, 0.47 and 0.67
+SHARE = {chip_file.STEPS: 0.5, chip_file.EXACT: 0.7}
+
+
+def pack(tree: Path, out: Path, *, lossless: bool = False, workers: int = 4, verify: bool = False,
+         progress: Callable[[int], None] | None = None) -> dict[str, int]:
+    """Pack the TIFF tree `tree` into the store `out`, or finish what an earlier call began.
+
+    `lossless` keeps Sentinel-1 as float32, else it is stored in steps of 0.01 dB; Sentinel-2 and labels are always
+    kept exactly.  `verify` reads every packed chip back and compares it with its TIFFs, old ones too.  `progress` is
+    called with 1 after each chip.  Returns {"chips", "new", "bytes", "tiff_bytes"}.
+
+    Raises DataError where a TIFF is damaged or differs from its published checksum, where `out` is a store of other
+    settings or version, and where the disk is full; what is packed by then stays, and is valid.
+    """
+    if is_store(tree):
+        raise DataError(f"{tree}: is a packed store already; --data takes the TIFF tree")
+    s1 = chip_file.EXACT if lossless else chip_file.STEPS
+    check_settings(out, s1)
+    index = open_index(tree)
+    published = {file.path: file for file in index.files}
+    folder = out / chip_file.CHIPS
+    sweep(folder)
+    (out / chip_file.MANIFEST).unlink(missing_ok=True)  # from here on the store is unfinished
+
+    def one(chip: Chip) -> tuple[int, int, int]:
+        path = folder / f"{chip.id}{chip_file.SUFFIX}"
+        head, new = _packed_before(path, chip, s1), False
+        if head is None:
+            files = {file.name: _read(file, published.get(file)) for file in _files(chip)}
+            write_chip(path, encode_chip(chip.id, chip.split, files, s1))
+            head, new = chip_file.read_head(path), True
+        if verify:
+            _compare(path, chip)
+        return int(new), head.end, sum(size for size, _ in head.sources.values())
+
+    done = _parallel(one, index, workers, progress)
+    write_manifest(out, s1)
+    new, size, tiff_size = (sum(column) for column in zip(*done))
+    return {"chips": len(done), "new": new, "bytes": size, "tiff_bytes": tiff_size}
+
+
+def encode_chip(chip: str, split: str, files: Mapping[str, bytes], s1: str = chip_file.STEPS) -> bytes:
+    """The packed file of a chip whose TIFFs are `files`, name → content; `s1` is store.STEPS or store.EXACT.
+
+    Raises DataError, naming the file, for a TIFF that is damaged, of another shape or dtype, or holds NaN.
+    """
+    months = np.array([[feature_name(chip, sensor, t) in files for t in range(T)] for sensor in SENSORS])
+    arrays = chip_file.Arrays(np.full((T, *S1.shape), S1_NODATA, S1.dtype), np.zeros((T, *S2.shape), S2.dtype),
+                          np.empty((TILE, TILE), AGBM_DTYPE) if label_name(chip) in files else None)
+    targets = {feature_name(chip, sensor, t): array[t] for sensor, array in zip(SENSORS, arrays[:2]) for t in range(T)}
+    if arrays.label is not None:
+        targets[label_name(chip)] = arrays.label
+    for name, data in files.items():
+        try:
+            tiff.decode_into(data, targets[name])
+            if targets[name].dtype == S1.dtype and not np.isfinite(targets[name]).all():
+                raise DataError("holds NaN or infinity")
+        except DataError as error:
+            raise DataError(f"{name}: {error}; {tiff.REMEDY}") from None
+    sources = {name: (len(data), posix_cksum(data)) for name, data in files.items()}
+    try:
+        return chip_file.encode(chip, split, arrays, months, s1, sources)
+    except DataError as error:
+        raise DataError(f"chip {chip}, Sentinel-1: {error}") from None
+
+
+def verify_store(root: Path, workers: int = 4, progress: Callable[[int], None] | None = None) -> list[Problem]:
+    """Check every byte of a store.  `progress` is called with 1 after each chip."""
+    index = open_index(root)
+
+    def one(chip: Chip) -> Problem | None:
+        assert chip.packed is not None
+        try:
+            chip_file.verify_file(chip.packed)
+        except DataError as error:
+            return Problem(chip.packed, str(error).removeprefix(f"{chip.packed}: "))
+        return None
+
+    return [problem for problem in _parallel(one, index, workers, progress) if problem is not None]
+
+
+def _parallel(one: Callable[[Chip], Any], index: Index, workers: int,
+              progress: Callable[[int], None] | None) -> list[Any]:
+    """`one(chip)` for every chip, in the order of the index; the first error stops those that have not begun."""
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: at least 1")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
+    try:
+        futures: list[Future[Any]] = [pool.submit(one, chip) for chip in index.chips]
+        for future in as_completed(futures):
+            future.result()
+            if progress:
+                progress(1)
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_settings(out: Path, s1: str) -> None:
+    """Raises DataError where `out` holds anything but chips packed like this."""
+    if out.exists() and not is_store(out) and any(out.iterdir()):
+        raise DataError(f"{out}: holds something else than a packed store; give --out a new or empty folder")
+    for path in _packed(out):
+        head = chip_file.read_head(path)
+        if head.s1 != s1:
+            flag = {chip_file.EXACT: "with --lossless", chip_file.STEPS: "without --lossless"}
+            raise DataError(f"{out}: was packed {flag[head.s1]} (Sentinel-1 as {head.s1}), now it is asked for "
+                            f"{flag[s1]}; go on as before, or give --out another folder")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed packs left half-written."""
+    for part in folder.glob(f".*{chip_file.SUFFIX}.*.part"):
+        process = part.name.split(".")[-2]
+        if process.isdigit() and not _alive(int(process)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # its number came back to us
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _files(chip: Chip) -> list[Path]:
+    files = [chip.path(s, t) for s in range(len(SENSORS)) for t in range(T) if chip.months[s][t]]
+    return files + ([chip.label] if chip.label is not None else [])
+
+
+def _read(path: Path, published: Published | None) -> bytes:
+    """A TIFF, compared with what was published of it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {tiff.REMEDY}") from None
+    if published is not None:
+        if published.size not in (None, len(data)):
+            raise DataError(f"{path}: {len(data)} bytes, published {published.size}; {tiff.REMEDY}")
+        if published.cksum is not None and published.cksum != (found := posix_cksum(data)):
+            raise DataError(f"{path}: cksum {found}, published {published.cksum}; {tiff.REMEDY}")
+    return data
+
+
+def _packed_before(path: Path, chip: Chip, s1: str) -> chip_file.Head | None:
+    """The head of a chip that an earlier call packed from the same TIFFs, None where there is none."""
+    if not path.exists():
+        return None
+    head = chip_file.read_head(path)
+    sizes = {file.name: file.stat().st_size for file in _files(chip)}
+    same = {name: size for name, (size, _) in head.sources.items()} == sizes
+    return head if same and head.s1 == s1 and head.split == chip.split else None
+
+
+def write_chip(path: Path, data: bytes) -> None:
+    try:
+        with atomic_write(path) as handle:
+            handle.write(data)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise DataError(f"{path}: cannot be written ({'the disk is full' if full else error.strerror}); the chips that "
+                        f"are packed stay valid: make room and run the same command again") from None
+
+
+def _entry(head: chip_file.Head) -> dict[str, Any]:
+    """What the manifest says of a chip: all of it is in the chip's own head."""
+    months = {sensor.name: "".join("01"[int(month)] for month in row) for sensor, row in zip(SENSORS, head.months)}
+    return {"id": head.chip, "split": head.split, "months": months, "label": head.label, "bytes": head.end,
+            "crc32": int(head.crc[-1]), "sources": {name: list(entry) for name, entry in head.sources.items()}}
+
+
+def write_manifest(out: Path, s1: str) -> None:
+    """The manifest of all chips in `out`, one line a chip, so that tools for text can look at it.  It makes the store
+    one that can be trained on.  Raises DataError where it cannot be written."""
+    lines = ",\n".join(json.dumps(_entry(chip_file.read_head(path))) for path in _packed(out))
+    settings = {"s1": s1, "lz4_level": chip_file.LEVEL}
+    text = (f'{{"format": {json.dumps(FORMAT)}, "version": {chip_file.VERSION}, "settings": {json.dumps(settings)},\n'
+            f'"chips": [\n{lines}\n]}}\n')
+    try:
+        write_text(out / chip_file.MANIFEST, text)
+    except OSError as error:
+        raise DataError(f"{out / chip_file.MANIFEST}: cannot be written ({error.strerror}); make room and run the same "
+                        f"command again") from None
+
+
+def _packed(out: Path) -> list[Path]:
+    return sorted((out / chip_file.CHIPS).glob(f"[!.]*{chip_file.SUFFIX}"))
+
+
+def _compare(path: Path, chip: Chip) -> None:
+    """Every byte of a packed chip against its TIFFs.  Raises DataError."""
+    chip_file.verify_file(path)
+    packed = Chip(chip.id, chip.split, chip.months, path.parent, chip.label and path, path)
+    old, new = TiffSource("mask").stack(chip), PackedSource(path, "mask").stack(packed)
+    s1 = old.s1
+    if chip_file.read_head(path).s1 == chip_file.STEPS:
+        s1 = chip_file.s1_db(chip_file.s1_codes(s1))
+        if np.abs(s1 - old.s1).max() > chip_file.CODE_STEP * 0.5001:
+            raise DataError(f"{path}: Sentinel-1 of chip {chip.id} does not fit steps of 0.01 dB; pack with --lossless")
+    for what, was, now in (("Sentinel-1", s1, new.s1), ("Sentinel-2", old.s2, new.s2), ("label", old.label, new.label),
+                           ("months", old.months, new.months)):
+        if not np.array_equal(was, now):
+            raise DataError(f"{path}: its {what} differs from the TIFFs of chip {chip.id}; remove the file and pack "
+                            f"again")

@@ -1,0 +1,165 @@
+"""Batch inference: weights and a data folder in; maps, metrics and pictures out."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.base.distributed import Threads, rank, share_of_host, together
+from engine.base.errors import DataError
+from engine.base.files import write_text
+from engine.base.progress import Progress
+from engine.config import parse_config
+from engine.data.batch import Batch
+from engine.data.dataset import AGBM_DTYPE, TILE, label_name
+from engine.data.forms import open_source, read_label
+from engine.data.index import Chip, open_index
+from engine.data.loader import Loader
+from engine.data.selection.chips import select_chips
+from engine.data.source import Source
+from engine.data.tiff import tiff
+from engine.inference import pictures
+from engine.inference.chips import predict_chips
+from engine.inference.cudagraphs import Graphed
+from engine.inference.fold import optimize_for_inference
+from engine.model import weights
+
+SPLITS = ("auto", "train", "test", "all", "validation")
+
+
+def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
+    """The chips of `data` to predict.
+
+    `split`: "train", "test" or "all" of what lies there; "validation": those that the run `run` (a run folder) held
+    out; "auto": test chips where there are any, else all.  Raises DataError where that is none.
+    """
+    if split == "validation":
+        recipe = run / "config.yaml"
+        if not recipe.is_file():
+            raise DataError(f"--split validation: {run} is not a run's folder (no config.yaml), so nothing says which "
+                            f"chips were held out; give --weights a run folder, or another --split")
+        import yaml
+
+        raw = yaml.safe_load(recipe.read_text())
+        raw["data"]["path"] = str(data)
+        return select_chips(parse_config(raw, str(recipe)))[1]
+    index = open_index(data)
+    chips = list(index.chips) if split == "all" else index.split(split if split != "auto" else "test")
+    if not chips and split == "auto":
+        chips = list(index.chips)
+    if not chips:
+        raise DataError(f"{data}: no chips of split {split!r}; it holds {len(index)} others, see --split all")
+    return chips
+
+
+def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: torch.device, precision: str = "fp32",
+            tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
+            readers: Threads = "auto", threads: Threads = "auto", backbone: str | None = None, optimize: bool = True,
+            compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
+    """Write `out/{chip}_agbm.tif` (float32, t/ha) for every chip; where labels exist, metrics and pictures as well.
+
+    optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, all flips in one
+    batch; False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for
+    thousands of chips.  cuda_graphs: replay `engine.inference.cudagraphs`, which pays for small batches on a GPU.
+    Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
+    DataError, DeviceError (cuda_graphs without a GPU).
+    """
+    backend = "gpu" if device.type == "cuda" else "cpu"
+    with together():
+        model = weights.load_model(weights_path, device, backbone).eval()
+        if optimize:
+            model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
+        forward = Graphed(model) if cuda_graphs else model
+        source = open_source(chips, nodata_months=nodata_months, backend=backend)
+        loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,
+                        readers=share_of_host(readers), threads=share_of_host(threads))
+        out.mkdir(parents=True, exist_ok=True)
+    with Progress("predicting", len(chips), "chip", quiet=rank() != 0) as progress:
+        writer = Writer(out, progress)
+        table = predict_chips(forward, loader, chips, micro_batch=batch_size, tta=tta, precision=precision,
+                              device=device,
+                              flips_at_once=len(tta) if optimize and device.type == "cuda" else 1, each=writer.add)
+        with together():  # all have written before anyone reads
+            writer.finish()
+    labelled = any(chip.label is not None for chip in chips)
+    metrics = table.metrics() if labelled else {}
+    if rank() == 0:
+        if labelled:
+            _write_metrics(out / "metrics.json", metrics, table.per_chip(), chips, tta, precision)
+        _draw(out, chips, source, n_pictures, metrics)
+    return metrics
+
+
+class Writer:
+    """Writes a batch's maps while the device already works on the next one."""
+
+    def __init__(self, out: Path, progress: Progress):
+        self._out, self._progress = out, progress
+        self._waiting: deque[_Pending] = deque()
+
+    def add(self, batch: Batch, prediction: torch.Tensor) -> None:
+        maps, valid = (tensor.to("cpu", non_blocking=True) for tensor in (prediction[:, 0], batch.valid))
+        done = None
+        if prediction.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()  # behind both copies
+        self._waiting.append(_Pending([chip.id for chip in batch.chips], maps, valid, done))
+        if len(self._waiting) > 1:
+            self._write(self._waiting.popleft())
+
+    def finish(self) -> None:
+        while self._waiting:
+            self._write(self._waiting.popleft())
+
+    def _write(self, pending: _Pending) -> None:
+        if pending.done is not None:
+            pending.done.synchronize()
+        for chip, values, valid in zip(pending.chips, pending.maps.numpy(), pending.valid.tolist()):
+            if valid:
+                tiff.write_map(self._out / label_name(chip), values)
+                self._progress.advance()
+
+
+class _Pending(NamedTuple):
+    chips: list[str]
+    maps: torch.Tensor  # [B, H, W]
+    valid: torch.Tensor  # [B]
+    done: torch.cuda.Event | None
+
+
+def _write_metrics(path: Path, metrics: dict[str, float], per_chip: np.ndarray, chips: Sequence[Chip],
+                   tta: Sequence[str], precision: str) -> None:
+    names = [name for name in per_chip.dtype.names or () if name != "row"]
+    rows = {chips[int(row["row"])].id: {name: float(row[name]) for name in names} for row in per_chip}
+    content = {"metrics": metrics, "tta": list(tta), "precision": precision, "chips": rows}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _draw(out: Path, chips: Sequence[Chip], source: Source, n_pictures: int, metrics: dict[str, float]) -> None:
+    """Panels of the first chips, and one scatter over all that have a label; read back from the maps written."""
+    scatter = pictures.Scatter()
+    labelled = [chip for chip in chips if chip.label is not None]
+    for chip in labelled:
+        scatter.add(_read_map(out / label_name(chip.id)), read_label(chip))
+    if labelled:
+        lines = [f"{len(labelled)} chips", f"RMSE {metrics['rmse_per_chip']:.2f} (mean over chips)",
+                 f"RMSE {metrics['rmse_pooled']:.2f} (pooled)",
+                 f"predicting the mean {metrics['rmse_of_mean']:.2f}", f"R² {metrics['r2']:.3f}"]
+        pictures.save(scatter.figure(lines), out / "scatter.png")
+    for chip in chips[:n_pictures]:
+        stack = source.stack(chip)
+        truth = stack.label[..., 0] if chip.label is not None else None
+        figure = pictures.chip_figure(chip.id, stack, _read_map(out / label_name(chip.id)), truth)
+        pictures.save(figure, out / "pictures" / f"{chip.id}.png")
+
+
+def _read_map(path: Path) -> np.ndarray:
+    values = np.empty((TILE, TILE), AGBM_DTYPE)
+    tiff.read_into(path, values)
+    return values

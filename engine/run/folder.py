@@ -1,0 +1,127 @@
+"""A run's folder belongs to one recipe: `config.yaml` in it says which, and a resume is checked against it.
+
+Layout of a run: `config.yaml` (resolved), `data.json` (how exact the data are), `history.jsonl`, `tensorboard/`,
+`checkpoints/step-N/` (to resume), `weights/{best,last}.safetensors` (to share), `profile/`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from engine.base.distributed import barrier, from_rank_0, of_all, rank, together, world
+from engine.base.errors import ConfigError
+from engine.base.files import write_text
+from engine.config import Config
+
+LOCK = ".lock"
+LATE = 10.0  # seconds that a network disk may take to show a new file to other hosts
+
+# What may differ between the commands that start and resume a run
+_FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("data", "prefetch"),
+         ("data", "cache_gb"), ("data", "verify"), ("data", "path"), ("data", "backend"), ("run", "folder"),
+         ("train", "timeout_s"))
+
+
+def claim(folder: Path, config: Config, restart: bool, s1: str) -> BinaryIO | None:
+    """Make the run's folder this recipe's, and nobody else's as long as the lock that rank 0 gets is open.
+    `s1`: how exact Sentinel-1 is in its data (`engine.data.store.chip_file`).
+
+    Raises ConfigError where another process trains in it, where it holds a run of another recipe, or one that was begun
+    on data of another exactness (`data.path` itself may change, between the TIFFs and a lossless store for instance),
+    and where not all ranks see the same folder.
+    """
+    lock = None
+    with together():
+        if rank() == 0:
+            if restart and folder.exists() and not (folder / "config.yaml").exists():
+                raise ConfigError(f"{folder} is not a run's folder; --restart does not delete it")
+            lock = _lock(folder)
+            _claim(folder, config, restart, s1)
+    _seen_by_all(folder)
+    return lock
+
+
+def _lock(folder: Path) -> BinaryIO:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = (folder / LOCK).open("a+b")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        who = handle.read().decode(errors="replace").strip() or "another process"
+        handle.close()
+        raise ConfigError(f"{folder}: {who} trains in it; wait until it has ended, stop it, or give this run another "
+                          f"run.name (were several processes meant to train together? start them with deepspeed, "
+                          f"torchrun, srun or mpirun)") from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+    handle.flush()
+    return handle
+
+
+def _claim(folder: Path, config: Config, restart: bool, s1: str) -> None:
+    path, data = folder / "config.yaml", folder / "data.json"
+    if restart:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+    if path.exists():
+        changed = [key for key in _differences(yaml.safe_load(path.read_text()), config.dump())
+                   if not any(key[:len(f)] == f for f in _FREE)]
+        if changed:
+            raise ConfigError(f"{folder} holds a run of another recipe ({', '.join('.'.join(k) for k in changed[:5])} "
+                              f"changed); give this one another run.name, or --restart to delete that run")
+        begun_on = _begun_on(data)
+        if begun_on not in (None, s1):
+            raise ConfigError(f"{folder} holds a run that was begun on Sentinel-1 as {begun_on}, and data.path "
+                              f"{config.data.path} has it as {s1}; set it to such data, or give this one another "
+                              f"run.name")
+    write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+    write_text(data, json.dumps({"sentinel1": s1}) + "\n")
+
+
+def _seen_by_all(folder: Path) -> None:
+    """Raises ConfigError where a rank does not see what rank 0 writes there."""
+    name = from_rank_0(f".seen-{secrets.token_hex(8)}")
+    if rank() == 0 and world() > 1:
+        (folder / name).touch()
+    barrier()
+    end = time.monotonic() + LATE
+    while world() > 1 and not (folder / name).exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    absent = [found for found in of_all(None if world() == 1 or (folder / name).exists() else socket.gethostname())
+              if found is not None]
+    if rank() == 0 and world() > 1:
+        (folder / name).unlink()
+    if absent:
+        raise ConfigError(f"run.folder: {folder.resolve()} is not shared by all hosts: {len(absent)} ranks, the first "
+                          f"on host {absent[0]}, do not see what rank 0 writes there; set run.folder to a shared disk")
+
+
+def _begun_on(path: Path) -> str | None:
+    """None where the run does not say: it was killed as it began, or the file was damaged."""
+    try:
+        return str(json.loads(path.read_text())["sentinel1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _differences(old: Any, new: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), (*at, str(key)))
+    elif old != new:
+        yield at

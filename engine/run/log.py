@@ -1,0 +1,77 @@
+"""What a run leaves behind to be read: `history.jsonl` (every step's numbers), TensorBoard events, pictures.
+
+Rank 0 writes; on other ranks every call does nothing.  After a resume both files go back to the checkpoint's step,
+so an interrupted run reads like an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.base.distributed import rank
+from engine.base.files import write_text
+
+
+class RunLog:
+    def __init__(self, folder: Path, step: int):
+        """`step`: the checkpoint's, 0 for a new run; what was logged after it is dropped."""
+        self._history = None
+        if rank() != 0:
+            return
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = folder / "history.jsonl"
+        old = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in map(_parsed, old) if line and line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._history = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def steps(self, first: int, columns: dict[str, list[float]]) -> None:
+        """One history line a step from step `first` on; the mean of each column goes to TensorBoard."""
+        if self._history is None:
+            return
+        rows = list(zip(*columns.values()))
+        for i, row in enumerate(rows):
+            self._line({"kind": "step", "step": first + i, **dict(zip(columns, row))})
+        self._history.flush()
+        for name, values in columns.items():
+            self._board.add_scalar(f"train/{name}", float(np.mean(values)), first + len(rows) - 1)
+
+    def scalars(self, kind: str, step: int, values: dict[str, float], history: bool = True) -> None:
+        if self._history is None:
+            return
+        if history:
+            self._line({"kind": kind, "step": step, **values})
+            self._history.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """`image` [H, W, 3] uint8."""
+        if self._history is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, name: str, step: int, text: str) -> None:
+        if self._history is not None:
+            self._board.add_text(name, text, step)
+
+    def close(self) -> None:
+        if self._history is not None:
+            self._history.close()
+            self._board.close()
+
+    def _line(self, row: dict[str, Any]) -> None:
+        assert self._history is not None
+        self._history.write(json.dumps(row) + "\n")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the line that a kill cut off
+        return None

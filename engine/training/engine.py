@@ -1,0 +1,55 @@
+"""The model in DeepSpeed's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+
+from engine.base.distributed import rank, world
+from engine.config import Config
+from engine.data.plan import Sharding
+from engine.model.compilation import checkpoint_regions, compile_regions
+from engine.model.unet import BiomassUNet
+from engine.training.batchnorm import keep_horizon
+from engine.training.deepspeed import deepspeed_config
+from engine.training.loss_scale import take_over
+from engine.training.optim import make_optimizer
+from engine.training.reduction import Reducer
+
+
+def make_engine(model: BiomassUNet, config: Config, sharding: Sharding, device: torch.device,
+                say: Callable[[str], None]) -> tuple[Any, Reducer | None]:
+    """DeepSpeed's engine around `model`, on `device`, and what adds up gradients at ZeRO stage 0 on several ranks."""
+    model.to(device)
+    train = config.train
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # numbers of kept months make about ten shapes; the log says the cost
+    if train.compile is True or (train.compile == "auto" and device.type == "cuda"):
+        say(f"train.compile: {compile_regions(model, train.zero_stage)}")
+    if train.checkpoint_activations:
+        say(f"train.checkpoint_activations: {checkpoint_regions(model)}")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config.optimizer),
+                                      config=deepspeed_config(config, sharding), dist_init_required=False)
+    if train.precision == "fp16":
+        take_over(engine)
+    keep_horizon(model, world())
+    reducer = None
+    if train.zero_stage == 0:
+        # DeepSpeed would flatten, reduce and copy back every gradient, after the backward and even for one rank
+        engine.enable_backward_allreduce = False
+        if world() > 1:
+            reducer = Reducer(model, torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32)
+    return engine, reducer
+
+
+def full_state(engine: Any) -> dict[str, torch.Tensor]:
+    """The model's state dict on the CPU, float32, whole at every ZeRO stage: on rank 0; elsewhere nothing is copied."""
+    module = engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters()),
+                                           enabled=engine.zero_optimization_stage() == 3):
+        if rank() != 0:
+            return {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}

@@ -1,0 +1,55 @@
+"""The model that a phase starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.base.errors import ConfigError
+from engine.config import Config
+from engine.data.dataset import TILE
+from engine.model.unet import BiomassUNet
+from engine.model.weights import load_model
+from kernels.month_attention import resolve
+
+
+def starting_model(config: Config, phase: int, device: torch.device, say: Callable[[str], None]) -> BiomassUNet:
+    """The model of phase number `phase`, on the CPU: with the weights of the phase before, the recipe's, or fresh ones.
+
+    device: where it will train, which decides by what its months are pooled; `say` is told.
+    Raises ConfigError (weights of another architecture, no such attention here), WeightsError.
+    """
+    torch.manual_seed(config.run.seed)
+    start: str | Path | None = config.model.weights
+    if phase > 0:
+        start = (config.run_folder / "weights"
+                 / f"{config.phases[phase - 1].name}-{config.phases[phase].start_from}.safetensors")
+    if start is not None:
+        model = load_model(start)
+        _same_architecture(model, config, start)
+    else:
+        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels,
+                            pretrained=config.model.pretrained, tile=TILE)
+        assert model.segmentation_head.bias is not None
+        torch.nn.init.constant_(model.segmentation_head.bias, config.model.initial_biomass)
+    model.skip_dropped_months = config.model.skip_dropped_months
+    try:
+        implementation = resolve(config.model.attention, device)
+    except RuntimeError as error:
+        raise ConfigError(f"model.attention: {error}") from None
+    for level in model.attn:
+        level.implementation = implementation
+    say(f"month attention: {implementation}")
+    return model
+
+
+def _same_architecture(model: BiomassUNet, config: Config, path: Path | str) -> None:
+    found, wanted = model.config(), config.model
+    for key in ("backbone", "decoder_channels", "in_channels"):
+        want = getattr(wanted, key)
+        if list(np.atleast_1d(found[key])) != list(np.atleast_1d(want)):
+            raise ConfigError(f"{path} holds a model with {key} {found[key]}, the recipe says {want}; "
+                              f"set model.{key} to the weights', or train from others")

@@ -1,0 +1,67 @@
+"""What ranks agree on, with two real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from engine.base.distributed import StopFlag, average_, from_rank_0, join, leave, local_world, of_all, rank, world
+from engine.inference.metrics import ChipTable
+from engine.training.batchnorm import average_statistics
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _two(process: int, port: str) -> None:
+    os.environ.update(RANK=str(process), WORLD_SIZE="2", LOCAL_RANK=str(process), LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    join("cpu", timeout=60)
+    try:
+        assert (rank(), world(), local_world()) == (process, 2, 2)
+        assert from_rank_0(process) == 0 and of_all(process) == [0, 1]
+        assert average_(torch.tensor([float(process)])).item() == 0.5
+
+        norm = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+        torch.manual_seed(process)
+        norm(torch.randn(4, 3, 5, 5) + process)
+        mine = [b.clone() for b in norm.buffers()]
+        average_statistics(norm)
+        for before, after in zip(mine, norm.buffers()):
+            both = [torch.empty_like(before) for _ in range(2)]
+            dist.all_gather(both, before)
+            expected = (both[0] + both[1]) / 2 if before.is_floating_point() else before
+            torch.testing.assert_close(after, expected)
+
+        stop = StopFlag()
+        assert not stop.agreed()
+        stop.asked = process == 1  # SIGTERM reaches one rank first
+        assert stop.agreed()
+
+        # each rank scores two of three chips' places, one of them padding
+        table = ChipTable(3)
+        maps = torch.full((2, 1, 4, 4), 10.0 + process)
+        table.update(torch.tensor([process, 2]), maps, torch.full((2, 4, 4), 10.0), torch.tensor([True, process == 0]))
+        table.reduce()
+        assert table.metrics()["rmse_per_chip"] == pytest.approx(1 / 3)
+    finally:
+        leave()
+
+
+def test_two_processes() -> None:
+    mp.spawn(_two, args=(str(free_port()),), nprocs=2)
+
+
+def test_alone_nothing_needs_a_group() -> None:
+    assert average_(torch.tensor([3.0])).item() == 3.0
+    average_statistics(nn.BatchNorm2d(2))
+    assert not StopFlag().agreed()

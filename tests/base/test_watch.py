@@ -1,0 +1,176 @@
+"""The thread that looks after other ranks: who failed, died, froze or was cut off is named on all others.  Three ranks
+as threads of one process, with a store as launchers make it; whole runs are in test_ranks_loud.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from engine.base import watch
+from engine.base.watch import Watch
+from tests.conftest import free_port
+from tests.hosts import forks
+
+NAMES = [f"rank {rank} on host {name}" for rank, name in enumerate("abc")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"PERIOD": 0.1, "GRACE": 0.5, "PATIENCE": 0.5}.items():
+        monkeypatch.setattr(watch, name, seconds)
+
+
+def store(port: int, serve: bool = False) -> Any:
+    return dist.TCPStore("127.0.0.1", port, None, serve, timedelta(seconds=20), wait_for_workers=False)
+
+
+def serve(port: int) -> None:
+    kept = store(port, serve=True)
+    time.sleep(60)
+    del kept
+
+
+@contextmanager
+def three(port: int, timeout: float = 60) -> Iterator[tuple[list[Watch], list[int]]]:
+    left: list[int] = []
+    watches = [Watch(store(port), rank, NAMES, timeout, leave=left.append) for rank in range(3)]
+    for each in watches:
+        each.start()
+    try:
+        yield watches, left
+    finally:
+        for each in watches:
+            each.stop()
+
+
+def soon(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_who_failed_first_is_told_to_all(capfd: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    server = store(port, serve=True)
+    with three(port) as (watches, left):
+        watches[2].tell("chip 7 is truncated")
+        watches[1].tell("the connection to rank 2 is lost")  # which is what follows from it
+        soon(lambda: watches[0].reason is not None)
+        assert watches[0].reason == "rank 2 on host c: chip 7 is truncated"
+        # Ranks that said why have left; one that is told and stays is ended
+        soon(lambda: left == [2])
+        assert "stopped by rank 2 on host c: chip 7 is truncated" in capfd.readouterr().err
+    del server
+
+
+def test_rank_0_keeps_the_store_until_the_others_have_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PERIOD", 2.0)
+    port = free_port()
+    server = store(port, serve=True)
+    watches = [Watch(store(port), rank, NAMES, 60, leave=lambda _: None) for rank in range(3)]
+    watches[0].start()
+    watches[2].tell("no room left")
+    assert watches[0].told(30) == "rank 2 on host c: no room left"
+    threading.Timer(0.2, watches[1].start).start()
+    watches[0].linger()
+    assert watches[1].reason == "rank 2 on host c: no room left"
+    watches[1].stop()
+    del server
+
+
+def test_those_who_know_by_a_message_do_not_keep_rank_0_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PERIOD", "GRACE", "PATIENCE"):
+        monkeypatch.setattr(watch, name, 60.0)
+    port = free_port()
+    server = store(port, serve=True)
+    watches = [Watch(store(port), rank, NAMES, 60, leave=lambda _: None) for rank in range(3)]
+    watches[1].heard()
+    watches[2].heard()
+    begin = time.monotonic()
+    watches[0].tell("a key of the recipe")
+    assert time.monotonic() - begin < 20
+    del server
+
+
+def test_a_silent_rank_is_named_and_one_that_works_for_long_is_not() -> None:
+    port = free_port()
+    server = store(port, serve=True)
+    with three(port, timeout=3) as (watches, _):
+        time.sleep(4)
+        assert [each.reason for each in watches] == [None] * 3
+        watches[1].stop()
+        soon(lambda: None not in (watches[0].reason, watches[2].reason))
+        assert watches[0].reason == watches[2].reason
+        assert watches[0].reason.startswith("rank 1 on host b, which has not been heard of for ")
+    del server
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_0s_host_dies_or_freezes_and_nobody_waits_for_it(number: int) -> None:
+    port = free_port()
+    server = forks().Process(target=serve, args=(port,))
+    server.start()
+    try:
+        with three(port, timeout=1) as (watches, left):
+            time.sleep(0.3)
+            os.kill(server.pid, number)
+            soon(lambda: watches[1].reason is not None and watches[2].reason is not None, 30)
+            assert watches[1].reason.startswith("rank 0 on host a, which ")
+            begin = time.monotonic()
+            watches[1].tell("timed out")  # cannot be told, and does not hang
+            assert time.monotonic() - begin < 20
+            soon(lambda: 2 in left)
+    finally:
+        if server.is_alive():
+            os.kill(server.pid, signal.SIGKILL)
+        server.join()
+
+
+def test_a_slow_answer_is_not_a_lost_rank() -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def set_timeout(self, _: timedelta) -> None: ...
+
+        def set(self, key: str, value: str) -> None:
+            self.calls += 1
+            if self.calls < 4:
+                raise dist.DistStoreError("wait timeout after 5000ms")
+
+        def check(self, _: list[str]) -> bool:
+            return False
+
+    slow = Slow()
+    each = Watch(slow, 1, NAMES, 60, leave=lambda _: None)
+    each.start()
+    soon(lambda: slow.calls > 5)
+    assert each.reason is None
+    each.stop()
+
+
+def test_ranks_that_are_done_wait_for_one_that_works_on_alone() -> None:
+    port = free_port()
+    server = store(port, serve=True)
+    with three(port, timeout=2) as (watches, _):
+        threads = [threading.Thread(target=each.all_here) for each in watches[1:]]
+        for thread in threads:
+            thread.start()
+        time.sleep(4)  # longer than ranks wait for one that is silent
+        assert all(thread.is_alive() for thread in threads)
+        watches[0].all_here()
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
+        assert [each.reason for each in watches] == [None] * 3
+    del server

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.dataset import TILE, T
+from engine.data.index import open_index
+from engine.data.source import empty_stack
+from engine.data.tiff import tiff
+from engine.data.tiff.source import TiffSource
+from engine.inference.pictures import Scatter, chip_figure, pixels, quicklook, save
+
+
+def test_a_panel_shows_all_four_and_says_which_chip(sample: Path, tmp_path: Path) -> None:
+    chip = open_index(sample).split("train")[0]
+    stack = TiffSource().read(chip, np.ones(T, bool), empty_stack())
+    truth = stack.label[..., 0]
+    figure = chip_figure(chip.id, stack, truth + 3, truth)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert [t for t in titles if t][1:] == ["truth", "prediction", "prediction − truth, RMSE 3.0"]
+    assert figure.get_suptitle() == f"chip {chip.id}"
+    image = pixels(figure)
+    assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 10
+    save(figure, tmp_path / "a" / "panel.png")
+    assert (tmp_path / "a" / "panel.png").read_bytes()[:4] == b"\x89PNG"
+    assert len([a for a in chip_figure(chip.id, stack, truth, None).axes if a.get_title()]) == 2
+
+
+def test_the_clearest_month_is_shown(sample: Path) -> None:
+    chip = open_index(sample).split("train")[0]
+    stack = TiffSource().read(chip, np.ones(T, bool), empty_stack())
+    stack.s2[:, :, :, 10] = 90
+    stack.s2[8, :, :, 10] = 1
+    image, title = quicklook(stack)
+    assert title == "Sentinel-2, May" and image.shape == (TILE, TILE, 3) and 0 <= image.min() < image.max() <= 1
+    stack.s2[:] = 0
+    assert quicklook(stack)[1] == "Sentinel-1, September"
+
+
+def test_the_scatter_counts_every_pixel() -> None:
+    scatter = Scatter()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        truth = rng.gamma(2, 30, (64, 64)).astype(np.float32)
+        scatter.add(truth - 20, truth + 1000)  # beyond the edges: counted there
+    assert scatter.counts.sum() == 3 * 64 * 64
+    scatter = Scatter()
+    scatter.add(np.full((4, 4), 100.0), np.full((4, 4), 200.0))
+    row, column = (int(i[0]) for i in np.nonzero(scatter.counts))
+    assert scatter.edges[row] <= 200 < scatter.edges[row + 1], "rows are the truth"
+    assert scatter.edges[column] <= 100 < scatter.edges[column + 1]
+    assert pixels(scatter.figure(["a line"])).std() > 1
+
+
+def test_a_map_is_written_as_the_challenge_wants_it(tmp_path: Path) -> None:
+    import tifffile
+
+    values = np.random.default_rng(0).random((TILE, TILE), np.float32)
+    tiff.write_map(tmp_path / "m.tif", values)
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "m.tif"), values)

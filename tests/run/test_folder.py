@@ -1,0 +1,138 @@
+"""A run's folder belongs to one recipe and one process at a time, and its weights are whole under every name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.base.errors import ConfigError
+from engine.base.files import atomic_write, hard_link
+from engine.config import Config, parse_config
+from engine.run.background import Background
+from engine.run.folder import LOCK, _lock, claim
+from tests.hosts import forks
+
+
+def config(tmp_path: Path, **optimizer: float) -> Config:
+    return parse_config({"data": {"path": "/none"}, "run": {"folder": str(tmp_path)}, "optimizer": optimizer}, "a test")
+
+
+def hold(folder: Path) -> None:
+    kept = _lock(folder)
+    (folder / "held").touch()
+    time.sleep(60)
+    kept.close()
+
+
+def test_one_process_at_a_time_and_a_killed_one_leaves_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    other = forks().Process(target=hold, args=(folder,))
+    other.start()
+    end = time.monotonic() + 60
+    while not (folder / "held").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match=f"{folder}: process {other.pid} on host {socket.gethostname()} trains in it"):
+        claim(folder, config(tmp_path), restart=False, s1="exact")
+    with pytest.raises(ConfigError, match="another run.name"):
+        _lock(folder)
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    with _lock(folder):
+        assert (folder / LOCK).read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def test_a_recipe_claims_its_folder_and_no_other_does(tmp_path: Path) -> None:
+    mine = config(tmp_path)
+    folder = mine.run_folder
+    for _ in range(2):
+        lock = claim(folder, mine, False, "exact")
+        assert lock is not None
+        lock.close()
+    with pytest.raises(ConfigError, match="another recipe .optimizer.lr changed."):
+        claim(folder, config(tmp_path, lr=0.5), False, "exact")
+    with pytest.raises(ConfigError, match="begun on Sentinel-1 as exact"):
+        claim(folder, mine, False, "steps")
+    (folder / "weights").mkdir()
+    (folder / "history.jsonl").write_text("{}\n")
+    lock = claim(folder, config(tmp_path, lr=0.5), True, "steps")
+    assert lock is not None and {path.name for path in folder.iterdir()} == {LOCK, "config.yaml", "data.json"}
+    with pytest.raises(ConfigError, match="trains in it"):  # the lock is that of the folder that was emptied
+        _lock(folder)
+    lock.close()
+
+
+def test_a_restart_does_not_empty_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    mine = config(tmp_path)
+    mine.run_folder.mkdir()
+    (mine.run_folder / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="not a run's folder"):
+        claim(mine.run_folder, mine, True, "exact")
+    assert (mine.run_folder / "thesis.tex").exists()
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_write(path) as handle:
+        handle.write(text.encode())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_under_several_names(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, best, main = (tmp_path / name for name in ("last", "best", "main"))
+
+    def unknown(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")  # as FAT and some network disks say
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", unknown)
+    write(last, "first")
+    hard_link(last, [best, main])
+    hard_link(last, [best, main])  # once more: they are that file
+    assert [path.read_text() for path in (last, best, main)] == ["first"] * 3
+    assert (best.stat().st_ino == last.stat().st_ino) == links
+    write(last, "second")  # which leaves the others as they were
+    hard_link(last, [main])
+    assert [path.read_text() for path in (last, best, main)] == ["second", "first", "second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "main"]
+    best.unlink()
+    with pytest.raises(FileNotFoundError):
+        hard_link(tmp_path / "none", [best])
+    assert not best.exists()
+
+
+def test_work_beside_training_keeps_its_order_and_does_not_pile_up() -> None:
+    background, done, go = Background(), [], threading.Event()
+    background.do(lambda: (go.wait(10), done.append("slow")))
+    background.do(done.append, "quick")
+    assert done == []
+    threading.Timer(0.1, go.set).start()
+    background.do(done.append, "third")  # waits for the first
+    assert done[:1] == ["slow"]
+    background.finish()
+    assert done == ["slow", "quick", "third"]
+    background.close()
+
+
+def test_work_beside_training_raises_what_failed_at_the_next_call() -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    background = Background()
+    background.do(full)
+    background.do(int)
+    with pytest.raises(OSError, match="No space left"):
+        background.do(int)
+    background.do(full)
+    with pytest.raises(OSError, match="No space left"):
+        background.finish()
+    background.finish()  # said once
+    background.close()

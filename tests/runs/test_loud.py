@@ -1,0 +1,124 @@
+"""What one rank cannot do, dies of or hangs in: said by name on all, who leave within seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.data.index import open_index
+from engine.data.plan import Sharding, training_batches
+from tests.conftest import Command
+from tests.hosts import Rank, history, started, torchrun
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+data: {{path: {data}, overfit: true, readers: 1, prefetch: 1}}
+run: {{name: run, folder: {folder}}}
+model: {{backbone: tf_mobilenetv3_small_minimal_100, decoder_channels: [8, 8, 8, 8, 8], attention: reference}}
+train: {{global_batch: 4, micro_batch: 1, precision: fp32, device: cpu, timeout_s: 60}}
+phases: [{{epochs: 100}}]
+augment: {{month_dropout: 0}}
+validate: {{every: 100}}
+log: {{every: 1, chips: 0}}
+"""
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def path(tmp_path: Path, sample: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(data=sample, folder=tmp_path))
+    return path
+
+
+def damaged(sample: Path, folder: Path, chip: int) -> tuple[Path, Path]:
+    """A copy of the data of which one file is cut short, and this file."""
+    shutil.copytree(sample, folder, copy_function=os.link)
+    file = next((folder / "train_features").glob(f"{open_index(sample).split('train')[chip].id}_S1_*.tif"))
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-7000])
+    return folder, file
+
+
+def both_leave(ranks: list[Rank], seconds: float = 15) -> tuple[str, str]:
+    """Their exit status is 2, the second one's within `seconds` of the first one's.  What they printed."""
+    while all(rank.process.exitcode is None for rank in ranks):
+        assert time.monotonic() - ranks[0].began < 120, ranks[0].text() + ranks[1].text()
+        time.sleep(0.02)
+    for rank in ranks:
+        assert rank.wait(seconds) == 2, rank.text()
+        assert "Traceback" not in rank.text()
+    return ranks[0].text(), ranks[1].text()
+
+
+def test_a_bad_file_that_one_rank_finds_as_it_sets_up(path: Path, tmp_path: Path, sample: Path) -> None:
+    data, file = damaged(sample, tmp_path / "data", 3)
+    with started(tmp_path / "log", "train", "--config", path, "--set", "data.verify=true", variables=torchrun(2),
+                 each={1: ["--set", f"data.path={data}"]}) as ranks:
+        first, second = both_leave(ranks)
+    assert f"train.py: {data}: 1 of " in second and file.name in second and "stopped by" not in second
+    assert f"train.py: stopped by rank 1 on host {HOST}: {data}: 1 of " in first and file.name in first
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_file_in_the_middle_of_a_step_under_the_deepspeed_launcher(path: Path, tmp_path: Path, sample: Path,
+                                                                         command: Command) -> None:
+    """The second rank reads it for the second step's second micro-batch, which the first could take.  Its exit status
+    is the launcher's."""
+    items = [item for batch in training_batches(8, 0, 0, Sharding(1, 2, 2, rank=1)) for item in batch]
+    data, file = damaged(sample, tmp_path / "data", items[3].chip)
+    result = command("train", "--config", path, "--set", f"data.path={data}", ranks=2)
+    assert result.returncode == 2, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(said) == 2 and all(file.name in line and "truncated" in line for line in said), result.stderr
+    assert sorted(line.startswith(f"train.py: stopped by rank 1 on host {HOST}: ") for line in said) == [False, True]
+    assert "Traceback" not in result.stderr
+    assert [row["step"] for row in history(tmp_path / "run")] == [1]
+
+
+def fail_to_draw() -> None:
+    from engine.inference import pictures
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "tensorboard")
+
+    pictures.chip_figure = full  # type: ignore[assignment]
+
+
+def test_what_failed_beside_training_stops_all(path: Path, tmp_path: Path) -> None:
+    with started(tmp_path / "log", "train", "--config", path, "--set", "validate.every=1", "--set", "log.chips=1",
+                 variables=torchrun(2), before={0: fail_to_draw}) as (first, second):
+        assert first.wait() == 1 and "No space left on device: 'tensorboard'" in first.text()
+        assert second.wait(15) == 2
+        assert f"train.py: stopped by rank 0 on host {HOST}: OSError: " in second.text()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))  # which would count on pictures and weights
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_after_the_timeout(path: Path, tmp_path: Path, frozen: int) -> None:
+    with started(tmp_path / "log", "train", "--config", path, "--set", "train.timeout_s=10",
+                 variables=torchrun(2)) as ranks:
+        ranks[0].until(lambda: bool(history(tmp_path / "run")))
+        ranks[frozen].signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        assert ranks[1 - frozen].wait(30) == 2
+        text = ranks[1 - frozen].text()
+        assert 8 < time.monotonic() - begin < 25
+        assert f"stopped by rank {frozen} on host {HOST}, which has not " in text and "Traceback" not in text
+
+
+def test_a_stop_that_reaches_one_rank_saves_on_all(path: Path, tmp_path: Path) -> None:
+    with started(tmp_path / "log", "train", "--config", path, variables=torchrun(2)) as ranks:
+        ranks[0].until(lambda: bool(history(tmp_path / "run")))
+        ranks[1].signal(signal.SIGTERM)
+        assert [rank.wait(60) for rank in ranks] == [143, 143]
+        assert all("with everything saved" in rank.text() for rank in ranks)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

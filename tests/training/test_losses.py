@@ -1,0 +1,147 @@
+"""Losses: values against plain numpy, gradients finite in every corner."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from engine.base.errors import ConfigError
+from engine.training.losses import LOSSES, make_loss, per_chip_rmse, rmse
+
+NAMES = list(LOSSES)
+
+
+def batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    random = np.random.default_rng(seed)
+    target = random.gamma(1.5, 120.0, (3, 13, 7))  # some pixels above 400
+    pred = target[:, None] + random.normal(0, 30, (3, 1, 13, 7))
+    return torch.tensor(pred, dtype=dtype), torch.tensor(target, dtype=dtype)
+
+
+def expected(name: str, pred: np.ndarray, target: np.ndarray, ignore_above: float | None) -> float:
+    """The definitions once more, with loops and boolean indexing."""
+    kept = [(p[0][t < (ignore_above or math.inf)], t[t < (ignore_above or math.inf)]) for p, t in zip(pred, target)]
+    errors = [p - t for p, t in kept]
+    everything = np.concatenate(errors)
+    per_chip = np.mean([np.sqrt(np.mean(e ** 2)) for e in errors])
+    size = np.abs(everything)
+    focus = everything ** 2 * (2 / (1 + np.exp(-0.2 * size)) - 1)
+    return float({
+        "per_chip_rmse": per_chip,
+        "rmse": np.sqrt(np.mean(everything ** 2)),
+        "mae": np.mean(size),
+        "huber": np.mean(np.where(size <= 25, size ** 2 / 2, 25 * (size - 12.5))),
+        "rmse_focal": per_chip + 0.05 * np.mean(focus),
+    }[name])
+
+
+@pytest.mark.parametrize("ignore_above", [400.0, 150.0, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_values(name: str, ignore_above: float | None) -> None:
+    pred, target = batch()
+    assert (target >= 400).any()
+    loss = make_loss(name, ignore_above=ignore_above)(pred, target)
+    assert loss.item() == pytest.approx(expected(name, pred.numpy(), target.numpy(), ignore_above), rel=1e-12)
+
+
+def test_the_threshold_itself_is_ignored() -> None:
+    target = torch.tensor([[[400.0, 10.0]]])
+    assert per_chip_rmse(torch.zeros(1, 1, 1, 2), target).item() == pytest.approx(10.0)
+
+
+def test_defaults_are_the_winners() -> None:
+    pred, target = batch()
+    assert make_loss("per_chip_rmse")(pred, target) == per_chip_rmse(pred, target, 400.0)
+    for name in ("rmse", "mae", "huber", "rmse_focal"):
+        assert make_loss(name)(pred, target) == make_loss(name, ignore_above=None)(pred, target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("corner", ["no valid pixel", "one chip without", "exact", "one chip exact", "tiny error"])
+def test_value_and_gradient_are_finite(name: str, dtype: torch.dtype, corner: str) -> None:
+    pred, target = batch(1, torch.float32)
+    if corner in ("no valid pixel", "one chip without"):
+        target[slice(None) if corner == "no valid pixel" else slice(1, 2)] = 12_900.0
+    pred = pred.clamp(-1000, 1000).to(dtype)
+    if corner in ("exact", "one chip exact"):
+        chips = slice(None) if corner == "exact" else slice(1, 2)
+        target = target.to(dtype).float()
+        pred[chips, 0] = target[chips].to(dtype)
+    if corner == "tiny error":
+        pred, target = torch.full_like(pred, 1e-30), torch.zeros_like(target)  # its square is no float32
+    pred.requires_grad_()
+    loss = make_loss(name, ignore_above=400.0)(pred, target)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert torch.isfinite(pred.grad).all()
+    assert not pred.grad[:, 0][target >= 400].any()
+    if corner in ("no valid pixel", "exact"):
+        assert loss == 0
+        assert not pred.grad.any()
+    elif corner != "tiny error":
+        assert loss > 0
+        assert pred.grad.any()
+
+
+def test_a_chip_without_valid_pixels_does_not_change_the_others_gradients() -> None:
+    pred, target = batch(2)
+    full = torch.autograd.grad(per_chip_rmse(pred.requires_grad_(), target), pred)[0]
+    target = target.clone()
+    target[1] = 500
+    less = torch.autograd.grad(per_chip_rmse(pred, target), pred)[0]
+    torch.testing.assert_close(full[[0, 2]], less[[0, 2]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name: str) -> None:
+    pred, target = batch(3)
+    assert torch.autograd.gradcheck(lambda p: make_loss(name, ignore_above=400.0)(p, target), pred.requires_grad_())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_inside_autocast(name: str) -> None:
+    pred, target = batch(4, torch.float32)
+    loss = make_loss(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(pred, target)
+    assert inside == loss(pred, target)
+    assert inside.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_in_a_label_is_seen(name: str) -> None:
+    pred, target = batch(5)
+    target[0, 0, 0] = math.nan
+    assert torch.isnan(make_loss(name, ignore_above=400.0)(pred, target))
+
+
+def test_mean_over_equal_shards_is_the_batch() -> None:
+    pred, target = batch(6)
+    target[1] = 900.0
+    shards = torch.stack([per_chip_rmse(pred[i:i + 1], target[i:i + 1]) for i in range(3)])
+    assert shards.mean().item() == pytest.approx(per_chip_rmse(pred, target).item(), rel=1e-14)
+
+
+def test_shapes_do_not_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"\[2, 4, 4\] and \[2, 4, 4\]"):
+        rmse(torch.zeros(2, 4, 4), torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="pred must be"):
+        rmse(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+
+
+def test_names_and_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="'per_chip_rsme' is unknown; nearest: 'per_chip_rmse'"):
+        make_loss("per_chip_rsme")
+    with pytest.raises(ConfigError, match=r"loss.options of huber: 'detla' is unknown; nearest: 'delta'"):
+        make_loss("huber", detla=3)
+    with pytest.raises(ConfigError, match="delta is 0"):
+        make_loss("huber", delta=0)
+    with pytest.raises(ConfigError, match="not of the right type"):
+        make_loss("mae", ignore_above="400")
+    with pytest.raises(ConfigError, match="'pred' is unknown"):
+        make_loss("mae", pred=1)
