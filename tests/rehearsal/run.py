@@ -1,0 +1,59 @@
+"""A command of launch/ on a machine with a GPU, as far as it can tell:  python -m tests.rehearsal.run REPORT train …
+
+Leaves in REPORT (JSON) where the host waited for the device in each training step, and what was asked of the process
+group and of DeepSpeed's engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tests.rehearsal.device import Device
+from tests.rehearsal.dali import dali
+
+
+def main() -> None:
+    path, name = Path(sys.argv[1]), sys.argv[2]
+    sys.argv = [f"launch/{name}.py", *sys.argv[3:]]
+    command = importlib.import_module(f"launch.{name}")
+    report: dict[str, Any] = {"steps": []}
+    real = dist.init_process_group
+
+    def group(backend: str, **options: Any) -> None:
+        report["backend"], report["device_id"] = backend, str(options.pop("device_id"))
+        real("gloo", **options)  # NCCL wants a driver
+
+    with Device() as device, dali(), mock.patch.object(dist, "init_process_group", group):
+        from deepspeed.accelerator import get_accelerator
+
+        from engine.trainer import Trainer
+
+        step = Trainer._train_step
+
+        def watched(self: Trainer, *args: Any) -> Any:
+            before = len(device.waits)
+            result = step(self, *args)
+            report["steps"].append(device.waits[before:])
+            report["allreduce"] = self.engine.enable_backward_allreduce
+            report["devices"] = sorted({str(value.device) for value in self.engine.module.state_dict().values()})
+            report["accelerator"] = type(get_accelerator()).__name__
+            report["benchmark"] = torch.backends.cudnn.benchmark
+            return result
+
+        try:
+            with mock.patch.object(Trainer, "_train_step", watched):
+                command.run(command.arguments().parse_args())
+        finally:
+            path.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
