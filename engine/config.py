@@ -52,7 +52,9 @@ class Split(Section):
 
 
 class Data(Section):
-    path: str  # a folder with train_features/ and train_agbm/, or a packed store
+    path: str  # a folder of TIFFs, or a packed store
+    # The description of what lies there: a built-in one (engine/data/datasets) or a path; the data's own wins over it
+    dataset: str = "biomassters"
     split: Split = Split()
     chips: list[str] | None = None  # only these chips (all when null)
     overfit: bool = False  # train and validate on all chips: to see that a model can learn at all
@@ -81,17 +83,17 @@ class Augment(Section):
     # Among each `group` of successive chips, kept months are brought to a multiple of `months_step`, so that batches
     # come in few shapes; up or down at random, so that the chance of a month stays as above.  1: left as drawn.
     group: Annotated[int, Field(ge=1, le=64)] = 8
-    months_step: Annotated[int, Field(ge=1, le=12)] = 12
+    months_step: Annotated[int, Field(ge=1, le=64)] = 12
 
 
 class Model(Section):
     backbone: str = "tf_efficientnetv2_l.in21k"  # any timm model with features_only
     decoder_channels: list[Positive] = [384, 368, 352, 336, 320]
-    in_channels: Literal[15] = 15
     pretrained: bool | str = False  # true: timm's weights from its hub; a path: a local file of them
     attention: Literal["auto", "triton", "compile", "reference"] = "auto"  # which month attention; see kernels/
     skip_dropped_months: bool = True  # the encoder sees kept months only; false: the winner's way
-    initial_biomass: float = 0.0  # t/ha: bias of the head of a fresh model; near the mean, learning starts sooner
+    # Bias of the head of a fresh model, in the target's unit; near the mean, learning starts sooner
+    initial_prediction: float = 0.0
     weights: str | None = None  # start from these (run folder, .safetensors, or the winner's .pth)
 
 

@@ -96,14 +96,15 @@ class Trainer:
         with together():
             self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
                                       cache_gb=config.data.cache_gb, backend=self.backend)
-        self.loss = make_loss(config.loss.name, **config.loss.options)
+        self.dataset = self.source.dataset
+        self.loss = make_loss(config.loss.name, self.dataset.target, **config.loss.options)
         memory = min(of_all(device_memory(device, local_world())))  # all cut alike
-        self.sharding = cut(config, world(), rank(), memory)
+        self.sharding = cut(config, self.dataset, world(), rank(), memory)
         self.eval_batch = config.validate_.micro_batch or self.sharding.micro_batch
         self.stop = StopFlag()
         self.background = Background()
         self.profile = profile or Profile(None, self.folder)
-        self.lock = claim(self.folder, config, restart, self.source.s1)
+        self.lock = claim(self.folder, config, restart, self.source.values)
         self._say(explain(self.sharding, config))
         if config.data.cache_gb and local_world() > 1:
             self._say(f"data.cache_gb: {config.data.cache_gb:g} GB for each rank, "
@@ -158,7 +159,7 @@ class Trainer:
             chips = sorted(self.train_chips + self.val_chips, key=lambda chip: chip.id)
         self.steps_per_epoch = self.sharding.steps(len(chips))
         with together():
-            model = starting_model(config, state.phase, self.device, self._say)
+            model = starting_model(config, self.dataset, state.phase, self.device, self._say)
         self.engine, self.reducer = make_engine(model, config, self.sharding, self.device, self._say)
         if resume_from is not None:
             checkpoint.load(self.engine, resume_from)
@@ -290,9 +291,10 @@ class Trainer:
         before = sum(p.epochs for p in config.phases[:self.state.phase])
         for epoch in range(first, phase.epochs):
             for items in training_batches(len(chips), config.run.seed, before + epoch, self.sharding,
-                                          start if epoch == first else 0, config.augment):
+                                          start if epoch == first else 0, config.augment, self.dataset.months):
                 yield [Request(chips[item.chip],
-                               draw(config.augment, config.run.seed, before + epoch, item.position))
+                               draw(self.dataset, config.augment, config.run.seed, before + epoch,
+                                    item.position))
                        for item in items]
 
     # Validation and saving -----------------------------------------------------------------------------------
@@ -317,8 +319,8 @@ class Trainer:
             state.best = score
             kinds.append("best")
         self._export([f"{phase.name}-{kind}" for kind in kinds] + kinds, metrics)
-        progress.say(f"epoch {state.epoch}, step {state.step}: RMSE {score:.2f} t/ha (mean over {len(self.val_chips)} "
-                     f"chips), pooled {metrics['rmse_pooled']:.2f}, predicting the mean "
+        progress.say(f"epoch {state.epoch}, step {state.step}: RMSE {score:.2f} {self.dataset.target.unit} (mean over "
+                     f"{len(self.val_chips)} chips), pooled {metrics['rmse_pooled']:.2f}, predicting the mean "
                      f"{metrics['rmse_of_mean']:.2f}{'' if judged else ', on chips seen in training'}")
         return metrics
 
@@ -339,7 +341,8 @@ class Trainer:
         model: BiomassUNet = self.engine.module
         state = full_state(self.engine)
         if rank() == 0:
-            notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics)}
+            notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics),
+                     "dataset": json.dumps(self.dataset.dump())}
             paths = [self.folder / "weights" / f"{name}.safetensors" for name in names]
             self.background.do(weights.save_weights, paths[0], state, model.config(), notes)
             self.background.do(hard_link, paths[0], paths[1:])

@@ -195,7 +195,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_splits(args: argparse.Namespace) -> int:
     from engine.base.errors import DataError
     from engine.data.index import open_index
-    from engine.data.selection.chips import mean_biomass
+    from engine.data.selection.chips import mean_label
     from engine.data.selection.folds import kfold, save_folds, stratified
 
     chips = [chip for chip in open_index(args.data).split("train") if chip.label is not None]
@@ -206,7 +206,7 @@ def run_splits(args: argparse.Namespace) -> int:
         folds = kfold(ids, args.folds, args.seed)
     else:
         missing = {chip.id: [not have for have in chip.months[1]] for chip in chips}
-        folds = stratified(ids, missing, mean_biomass(chips), args.folds, args.seed)
+        folds = stratified(ids, missing, mean_label(chips), args.folds, args.seed)
     save_folds(args.out, folds, {"scheme": args.scheme, "folds": args.folds, "seed": args.seed, "chips": len(ids)})
     print(f"{len(folds)} folds of {len(folds[-1])}–{len(folds[0])} chips in {args.out}")
     return 0

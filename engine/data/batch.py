@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # [B, T, C, H, W], training precision, channels_last in memory
     dropped: torch.Tensor  # [B, T] bool, on the host: the model counts kept months without waiting for the device
-    label: torch.Tensor  # [B, H, W] float32, t/ha
+    label: torch.Tensor  # [B, H, W] float32, in the target's unit
     rows: torch.Tensor  # [B] int64
     valid: torch.Tensor  # [B] bool; False marks padding of the last evaluation batch
     chips: list[Chip]

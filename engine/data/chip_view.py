@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.base.errors import DataError, EngineError
-from engine.data.dataset import BANDS, MONTHS, PIXEL_METRES, S1, S1_NODATA, S2, SENSORS, TILE, C, T
+from engine.data.dataset import Dataset
 from engine.data.forms import open_source
 from engine.data.index import Chip, open_index
 from engine.data.source import Stack
@@ -28,43 +28,54 @@ class ChipView:
     chip: Chip
     stack: Stack
 
+    @property
+    def dataset(self) -> Dataset:
+        return self.chip.dataset
+
     def images(self) -> np.ndarray:
         """[T, C, H, W] float32 in the files' units, NaN where there is no value."""
-        images = np.full((T, C, TILE, TILE), np.nan, np.float32)
-        for slot, t in enumerate(self.stack.months):
-            s1 = self.stack.s1[slot]
-            images[t, :len(S1.bands)] = np.where(s1 == S1_NODATA, np.nan, s1).transpose(2, 0, 1)
-            if self.chip.months[1][t]:
-                images[t, len(S1.bands):] = self.stack.s2[slot].transpose(2, 0, 1)
+        dataset, slots = self.dataset, self.stack.months
+        images = np.full((dataset.months, dataset.channels, dataset.tile, dataset.tile), np.nan, np.float32)
+        first = 0
+        for number, sensor in enumerate(dataset.sensors):
+            bands = slice(first, first := first + len(sensor.bands))
+            for image, t in zip(self.stack.images[number], slots):
+                if self.chip.months[number][t]:
+                    seen = image if sensor.nodata is None else np.where(image == sensor.nodata, np.nan, image)
+                    images[t, bands] = seen.transpose(2, 0, 1)
         return images
 
     def to_xarray(self) -> xarray.Dataset:
-        """`images` (month, band, y, x) and, where there is a label, `agbm` (y, x).  x and y in metres from the upper
-        left corner: the challenge publishes no place."""
+        """`images` (step, band, y, x) and, where there is a label, a variable of the target's name (y, x).  x and y in
+        metres from the upper left corner: chips have no place of their own."""
         try:
             import xarray
         except ImportError:
             raise EngineError("to_xarray needs xarray: pip install -e '.[xarray]'") from None
-        metres = (np.arange(TILE) + 0.5) * PIXEL_METRES
+        dataset, target = self.dataset, self.dataset.target
+        metres = (np.arange(dataset.tile) + 0.5) * dataset.pixel_metres
         variables = {"images": (("month", "band", "y", "x"), self.images())}
         if self.chip.label is not None:
-            variables["agbm"] = (("y", "x"), self.stack.label[..., 0], {"units": "t/ha"})  # type: ignore[assignment]
-        return xarray.Dataset(variables, {"month": list(MONTHS), "band": list(BANDS), "y": metres, "x": metres},
-                              {"chip": self.chip.id, "split": self.chip.split})
+            variables[target.name.lower()] = (  # type: ignore[assignment]
+                ("y", "x"), self.stack.label[..., 0], {"units": target.unit})
+        return xarray.Dataset(variables, {"month": list(dataset.steps), "band": list(dataset.bands), "y": metres,
+                                          "x": metres}, {"chip": self.chip.id, "split": self.chip.split})
 
     def table(self) -> str:
-        """Months and bands with their ranges, and the bytes that they take, as text."""
+        """Steps and bands with their ranges, and the bytes that they take, as text."""
         size, taken = self._bytes()
         lines = [f"chip {self.chip.id} ({self.chip.split}), {size / 1e6:.2f} MB: {taken}"]
-        images = self.images()
-        for sensor, bands in ((S1, slice(0, len(S1.bands))), (S2, slice(len(S1.bands), C))):
-            unit = "dB" if sensor is S1 else "counts"
-            lines += ["", f"{sensor.name}, {unit}: smallest … mean … largest of each band, nodata left out",
-                      " " * 10 + "".join(f"{band:>26}" for band in sensor.bands)]
-            for t, month in enumerate(MONTHS):
-                lines.append(f"{month:<10}" + "".join(f"{_range(image):>26}" for image in images[t, bands]))
+        images, first = self.images(), 0
+        wide = max(10, *(len(step) + 1 for step in self.dataset.steps))
+        for sensor in self.dataset.sensors:
+            bands = slice(first, first := first + len(sensor.bands))
+            lines += ["", f"{sensor.name}{', ' if sensor.unit else ''}{sensor.unit}: smallest … mean … largest of each "
+                          f"band, nodata left out", " " * wide + "".join(f"{band:>26}" for band in sensor.bands)]
+            for t, step in enumerate(self.dataset.steps):
+                lines.append(f"{step:<{wide}}" + "".join(f"{_range(image):>26}" for image in images[t, bands]))
         if self.chip.label is not None:
-            lines += ["", f"AGBM, t/ha: {_range(self.stack.label)}"]
+            target = self.dataset.target
+            lines += ["", f"{target.name}, {target.unit}: {_range(self.stack.label)}"]
         return "\n".join(lines)
 
     def _bytes(self) -> tuple[int, str]:
@@ -73,11 +84,13 @@ class ChipView:
             parts = bytes_stored(head)
             tiffs = sum(size for size, _ in head.sources.values())
             return head.end, (", ".join(f"{name} {n / 1e6:.2f}" for name, n in parts.items())
-                              + f"; Sentinel-1 as {head.s1}; {head.end / tiffs:.3f} of its TIFFs")
-        sizes = {sensor.name: sum(self.chip.path(s, t).stat().st_size for t in range(T) if self.chip.months[s][t])
-                 for s, sensor in enumerate(SENSORS)}
-        if self.chip.label is not None:
-            sizes["label"] = self.chip.label.stat().st_size
+                              + f"; floats {'exact' if head.values == chip_file.EXACT else 'in steps'}; "
+                              f"{head.end / tiffs:.3f} of its TIFFs")
+        sizes = dict.fromkeys([sensor.name for sensor in self.dataset.sensors], 0)
+        for path in self.chip.files:
+            number = next((n for n, name in enumerate(self.dataset.names[:-1]) if name.fullmatch(path.name)), None)
+            name = "label" if number is None else self.dataset.sensors[number].name
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
         return sum(sizes.values()), ", ".join(f"{name} {n / 1e6:.2f}" for name, n in sizes.items()) + "; TIFFs"
 
 

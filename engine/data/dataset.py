@@ -1,64 +1,359 @@
-"""The BioMassters data as it is: names, bands, months, ranges.  Constants only; everything else reads them here.
+"""The description of a data set: its sensors, bands, steps of time, ranges and target.  All else follows from it.
 
-Sources: the challenge's data page (https://www.drivendata.org/competitions/99/biomass-estimation/page/536/) for
-bands, units and nodata; the 1st-place solution for the normalisation ranges, which its weights expect.
+A description is a YAML file.  `engine/data/datasets/` holds those that come with the engine; a recipe names one of
+them, or a path, in `data.dataset`; a data folder's own `dataset.yaml`, and a packed store's manifest, win over that.
 
-Shape legend used throughout `engine`: B chips, T months, C bands, H rows, W columns.
+Shape legend used throughout `engine`: B chips, T steps ("months"), C bands, H rows, W columns.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
+import json
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-TILE = 256  # pixels a side
-PIXEL_METRES = 10.0
-MONTHS = ("September", "October", "November", "December", "January", "February", "March", "April", "May",
-          "June", "July", "August")  # month 00 is September
-T = len(MONTHS)
+from engine.base.errors import DataError
+
+BUILT_IN = Path(__file__).with_name("datasets")
+FILE = "dataset.yaml"  # a data folder's own description
+LABEL_DTYPE = np.dtype("<f4")  # of labels and maps, whatever the files have
+CODE_ZERO = 32768  # the 16-bit code of 0 where a sensor's values are signed
+
+Name = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z][\w.-]*$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Pattern = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]+$", max_length=128)]  # a file's name, in its folder
+Numbers = tuple[float, ...]
+Dtype = Literal["uint8", "uint16", "int16", "float32"]
 
 
-class Sensor(NamedTuple):
-    """One satellite's files: `{chip}_{name}_{month:02d}.tif`, [TILE, TILE, len(bands)] of `dtype`."""
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
-    name: str
-    bands: tuple[str, ...]
-    dtype: np.dtype
-    low: np.ndarray  # [bands] float32: the value that becomes 0
-    high: np.ndarray  # [bands] float32: the value that becomes 1
+
+class Folders(Section):
+    """Where files lie under a data folder; all in the folder itself where none of these is there."""
+
+    train: Name = "train_features"
+    test: Name = "test_features"
+    target: Name = "train_target"
+    test_target: Name = "test_target"
+
+
+class Sensor(Section):
+    """One instrument's images, a file a chip and step (`static`: a file a chip): [tile, tile, bands] of `dtype`."""
+
+    name: Name
+    file: Pattern  # with {chip} and, unless static, {step} (its number, from 0; {step:02d} with leading zeros)
+    bands: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
+    low: Numbers  # of each band: what becomes 0
+    high: Numbers  # what becomes 1
+    dtype: Dtype = "float32"
+    unit: str = ""
+    nodata: float | None = None  # a value that means nothing was seen; becomes 0, as `low` does
+    packed_step: Annotated[float, Field(gt=0)] | None = None  # float32: packed stores keep whole steps of this
+    static: bool = False  # one image for all steps: elevation, climate
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sensor:
+        _distinct(self.bands, "bands")
+        _placeholders(self.file, step=not self.static)
+        for key in ("low", "high"):
+            if len(getattr(self, key)) != len(self.bands):
+                raise ValueError(f"{key} has {len(getattr(self, key))} numbers for {len(self.bands)} bands")
+        for band, low, high in zip(self.bands, self.low, self.high):
+            if not low < high:
+                raise ValueError(f"band {band}: low {low:g} is not below high {high:g}")
+        if self.packed_step is not None and self.dtype != "float32":
+            raise ValueError(f"packed_step belongs to float32: {self.dtype} is packed as it is")
+        if self.nodata is not None and self.nodata != np.float32(self.nodata):
+            raise ValueError(f"nodata {self.nodata!r} is no float32")
+        if self.dtype != "float32":
+            limits = np.iinfo(self.dtype)
+            for what, value in [("nodata", self.nodata), *(("low", low) for low in self.low)]:
+                if value is not None and not (value == int(value) and limits.min <= value <= limits.max):
+                    raise ValueError(f"{what} {value:g} is no {self.dtype}")
+        elif self.packed_step is not None:
+            for low in self.low:
+                steps = low / self.packed_step
+                if abs(steps - round(steps)) > 1e-4 or not -CODE_ZERO < steps < CODE_ZERO:
+                    raise ValueError(f"low {low:g} is no whole number of steps of {self.packed_step:g} within ±32767")
+        return self
+
+    # What follows: arrays are float32 [bands] unless said otherwise
+
+    @functools.cached_property
+    def zero(self) -> np.ndarray:
+        return np.array(self.low, np.float32)
+
+    @functools.cached_property
+    def span(self) -> np.ndarray:
+        return np.array(self.high, np.float32) - self.zero
+
+    @functools.cached_property
+    def values(self) -> np.dtype[Any]:
+        """dtype of the files and of arrays read from them."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @functools.cached_property
+    def absent(self) -> np.ndarray:
+        """[bands] of `values`: what stands where there is no image.  Scales to 0, or is nodata, which does."""
+        fill = self.low if self.nodata is None else (self.nodata,) * len(self.bands)
+        return np.array(fill, self.values)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return TILE, TILE, len(self.bands)
+    def coded(self) -> bool:
+        """Whether packed stores may hold it in 16-bit codes."""
+        return self.dtype != "float32" or self.packed_step is not None
+
+    @property
+    def code_step(self) -> float:
+        """Between neighbouring codes; 1 for integers."""
+        return self.packed_step or 1
+
+    @property
+    def code_zero(self) -> int:
+        """The code of the value 0."""
+        return 0 if self.dtype in ("uint8", "uint16") else CODE_ZERO
+
+    @property
+    def code_nodata(self) -> int | None:
+        """The code that means nodata; None where every code is a value."""
+        if self.nodata is None:
+            return None
+        return 0 if self.dtype == "float32" else int(self.nodata) + self.code_zero
+
+    @functools.cached_property
+    def code_low(self) -> np.ndarray:
+        """[bands] int64: the codes of `low`."""
+        return np.rint(self.zero / self.code_step).astype(np.int64) + self.code_zero
+
+    @functools.cached_property
+    def code_span(self) -> np.ndarray:
+        """`span` in codes."""
+        return self.span / self.code_step
 
 
-S1_NODATA = -9999.0  # becomes 0 after scaling: that is `S1.low` in dB
-S1 = Sensor(
-    "S1", ("VV asc", "VH asc", "VV desc", "VH desc"), np.dtype("<f4"),  # dB
-    low=np.array([-25, -62, -25, -60], np.float32),
-    high=np.array([29, 28, 30, 22], np.float32),
-)
-S2 = Sensor(
-    "S2", ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12", "CLP"), np.dtype("<u2"),
-    low=np.zeros(11, np.float32),
-    high=np.array([19616, 18400, 17536, 17097, 16928, 16768, 16593, 16492, 15401, 15226, 255], np.float32),
-)
-SENSORS = (S1, S2)
-BANDS = S1.bands + S2.bands  # the order of the model's input channels
-C = len(BANDS)
+class Target(Section):
+    """What is predicted: a file a chip, [tile, tile] of `dtype`."""
 
-AGBM_DTYPE = np.dtype("<f4")  # t/ha
-AGBM_IGNORE_ABOVE = 400.0  # t/ha; the winner leaves such pixels out of the loss
+    name: Text
+    unit: str
+    file: Pattern  # with {chip}
+    dtype: Dtype = "float32"
+    ignore_above: float | None = None  # pixels of this and more are left out of the loss, unless loss.options says else
 
-FEATURE_NAME = re.compile(r"^(?P<chip>[0-9A-Za-z-]+)_(?P<sensor>S[12])_(?P<month>\d{2})\.tif$")
-LABEL_NAME = re.compile(r"^(?P<chip>[0-9A-Za-z-]+)_agbm\.tif$")
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        _placeholders(self.file, step=False)
+        return self
 
 
-def feature_name(chip: str, sensor: Sensor, month: int) -> str:
-    return f"{chip}_{sensor.name}_{month:02d}.tif"
+class Picture(Section):
+    """A way to show an image: one band in grey, three as red, green and blue, two and their difference."""
+
+    title: Text
+    sensor: Name
+    bands: Annotated[tuple[Text, ...], Field(min_length=1, max_length=3)]
+    clouds: Text | None = None  # the band that is lowest, on average, in the step to be shown
+    low: Numbers | None = None  # what is black, in each colour; without, the first percentile of all
+    high: Numbers | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Picture:
+        colours = 1 if len(self.bands) == 1 else 3
+        if (self.low is None) != (self.high is None) or any(
+                len(limit) != colours for limit in (self.low, self.high) if limit is not None):
+            raise ValueError(f"low and high go together, with {colours} number{'s' if colours > 1 else ''} each")
+        return self
 
 
-def label_name(chip: str) -> str:
-    return f"{chip}_agbm.tif"
+class Dataset(Section):
+    """A whole description.  `steps`: what one image of the series stands for, in order."""
+
+    name: Name
+    tile: Annotated[int, Field(ge=32, le=512, multiple_of=32)]  # pixels a side
+    pixel_metres: Annotated[float, Field(gt=0)]
+    steps: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
+    sensors: Annotated[tuple[Sensor, ...], Field(min_length=1)]
+    target: Target
+    folders: Folders = Folders()
+    pictures: tuple[Picture, ...] = ()  # the first of which there is anything is shown; without, the first bands
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Dataset:
+        _distinct(self.steps, "steps")
+        _distinct([sensor.name for sensor in self.sensors], "sensors' names")
+        _distinct([*(sensor.file for sensor in self.sensors), self.target.file], "file patterns")
+        if all(sensor.static for sensor in self.sensors):
+            raise ValueError("sensors: all are static, and none has an image a step")
+        for picture in self.pictures:
+            known = {sensor.name: sensor.bands for sensor in self.sensors}
+            _known(picture.sensor, known, "pictures: sensor")
+            for band in (*picture.bands, *([picture.clouds] if picture.clouds else [])):
+                _known(band, known[picture.sensor], f"pictures: band of {picture.sensor}")
+        return self
+
+    @property
+    def months(self) -> int:
+        """T."""
+        return len(self.steps)
+
+    @functools.cached_property
+    def bands(self) -> tuple[str, ...]:
+        """The model's input channels, in order."""
+        return tuple(band for sensor in self.sensors for band in sensor.bands)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.bands)
+
+    def shape(self, sensor: Sensor) -> tuple[int, int, int]:
+        """Of an image."""
+        return self.tile, self.tile, len(sensor.bands)
+
+    def feature_name(self, chip: str, sensor: int, step: int) -> str:
+        return self.sensors[sensor].file.format(chip=chip, step=step)
+
+    def label_name(self, chip: str) -> str:
+        return self.target.file.format(chip=chip)
+
+    @functools.cached_property
+    def names(self) -> tuple[re.Pattern[str], ...]:
+        """Of each sensor's files and, last, the labels': groups `chip` and `step`."""
+        return tuple(map(_regex, (*(sensor.file for sensor in self.sensors), self.target.file)))
+
+    def dump(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.steps, self.bands))
+
+
+def load_dataset(name: str | Path, near: Path | None = None) -> Dataset:
+    """The description of that name among the built-in ones, or at that path, relative to here or the folder `near`.
+
+    Raises DataError where there is none, or one that does not hold.
+    """
+    known = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+    path = BUILT_IN / f"{name}.yaml" if str(name) in known else Path(name)
+    if near is not None and not path.is_file() and (near / path).is_file():
+        path = near / path
+    return _load(path, tuple(known))
+
+
+@functools.cache
+def _load(path: Path, known: tuple[str, ...]) -> Dataset:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        close = difflib.get_close_matches(path.stem, known, n=1)
+        raise DataError(f"data set description {path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
+                        f"give a file, or one of the built-in {', '.join(known)}"
+                        + (f"; is it {close[0]!r}?" if close else "")) from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+    return parse_dataset(raw, str(path))
+
+
+def parse_dataset(raw: Any, source: str) -> Dataset:
+    """A description from what YAML or JSON gave.  Raises DataError that names the key, and `source`."""
+    if not isinstance(raw, dict):
+        raise DataError(f"{source}: is no data set description (a mapping with name, tile, steps, sensors, target …)")
+    try:
+        return Dataset.model_validate(raw)
+    except ValidationError as error:
+        told = []
+        for one in error.errors():
+            key = ".".join(str(part) for part in one["loc"]) or "the description"
+            text = one["msg"].removeprefix("Value error, ")
+            if one["type"] == "extra_forbidden":
+                text = "is not a key of a description (docs/datasets.md lists them)"
+            told.append(f"{key}: {text}")
+        raise DataError(f"{source}: {'; '.join(told[:4])}") from None
+
+
+def described(notes: Mapping[str, str], source: str) -> Dataset:
+    """What weights were trained on, by the notes in their file; those of the challenge's winner have none.
+
+    Raises DataError where the note is damaged.
+    """
+    if "dataset" not in notes:
+        return load_dataset("biomassters")
+    try:
+        raw = json.loads(notes["dataset"])
+    except ValueError:
+        raise DataError(f"{source}: its note 'dataset' is damaged; export the weights again") from None
+    return parse_dataset(raw, f"{source}, dataset")
+
+
+def differences(was: Dataset, now: Dataset) -> list[str]:
+    """Where data of `now` do not fit what was trained on `was`: sensors, bands, their ranges, steps.  Empty: they do.
+
+    File names, folders and the target may differ.
+    """
+    told = []
+    for ours, theirs, what in ((was.steps, now.steps, "steps"),
+                               ([s.name for s in was.sensors], [s.name for s in now.sensors], "sensors")):
+        if list(ours) != list(theirs):
+            told.append(f"{what} {', '.join(theirs)} instead of {', '.join(ours)}")
+    if was.tile != now.tile:
+        told.append(f"tiles of {now.tile} pixels instead of {was.tile}")
+    for mine, other in zip(was.sensors, now.sensors):
+        if mine.bands != other.bands:
+            at = next((i for i, (a, b) in enumerate(zip(mine.bands, other.bands)) if a != b),
+                      min(len(mine.bands), len(other.bands)))
+            a, b = (bands[at] if at < len(bands) else "no band" for bands in (mine.bands, other.bands))
+            told.append(f"{mine.name}: band {at + 1} is {b} instead of {a}")
+            continue
+        for band, *was_range, low, high in zip(mine.bands, mine.low, mine.high, other.low, other.high):
+            if was_range != [low, high]:
+                told.append(f"{mine.name} {band}: range {low:g} to {high:g} instead of {was_range[0]:g} to "
+                            f"{was_range[1]:g}")
+        if mine.static != other.static:
+            told.append(f"{mine.name}: {'one image a step' if mine.static else 'one image for all steps'} instead of "
+                        f"{'one for all' if mine.static else 'one a step'}")
+    return told
+
+
+def _distinct(names: Any, what: str) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"{what}: {', '.join(twice)} stand there twice")
+
+
+def _known(name: str, known: Any, what: str) -> None:
+    if name not in known:
+        raise ValueError(f"{what} {name!r} is none of {', '.join(known)}")
+
+
+_FIELD = re.compile(r"\{(?P<name>\w*)(?::0(?P<digits>\d)d)?\}")
+
+
+def _placeholders(pattern: str, step: bool) -> None:
+    found = [match["name"] for match in _FIELD.finditer(pattern)]
+    wanted = ["chip", "step"] if step else ["chip"]
+    if sorted(found) != wanted or re.search(r"[{}]", _FIELD.sub("", pattern)):
+        raise ValueError(f"file {pattern!r} has to hold {' and '.join('{' + name + '}' for name in wanted)} once each"
+                         f"{', {step:02d} for leading zeros' if step else ''}, and nothing else in braces")
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts, at = [], 0
+    for match in _FIELD.finditer(pattern):
+        parts.append(re.escape(pattern[at:match.start()]))
+        digits = match["digits"]
+        parts.append(r"(?P<chip>[0-9A-Za-z][0-9A-Za-z_-]*)" if match["name"] == "chip"
+                     else rf"(?P<step>\d{{{digits}}})" if digits else r"(?P<step>\d+)")
+        at = match.end()
+    return re.compile("".join(parts) + re.escape(pattern[at:]))

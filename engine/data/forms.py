@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.data.dataset import AGBM_DTYPE, TILE
+from engine.data.dataset import LABEL_DTYPE
 from engine.data.index import Chip
 from engine.data.source import Source
 from engine.data.store.source import PackedSource, label_into
@@ -16,18 +16,20 @@ from engine.data.tiff.source import TiffSource
 
 def open_source(chips: Sequence[Chip], *, nodata_months: str = "fail", cache_gb: float = 0.0,
                 backend: str = "cpu") -> Source:
-    """The source that `chips`, all of one index, are read from.  `backend`: where DALI works."""
-    if chips and chips[0].packed is not None:
+    """The source that `chips` (at least one), all of one index, are read from.  `backend`: where DALI works."""
+    if chips[0].packed is not None:
         return PackedSource(chips[0].packed, nodata_months, cache_gb, backend)
-    return TiffSource(nodata_months, cache_gb)
+    return TiffSource(chips[0].dataset, nodata_months, cache_gb)
 
 
 def read_label(chip: Chip) -> np.ndarray:
-    """[TILE, TILE] float32, t/ha, of a chip that has one, of either form."""
-    label = np.empty((TILE, TILE), AGBM_DTYPE)
+    """[tile, tile] float32, in the target's unit, of a chip that has a label, of either form."""
+    tile, dtype = chip.dataset.tile, np.dtype(chip.dataset.target.dtype)
     if chip.packed is not None:
+        label = np.empty((tile, tile), LABEL_DTYPE)
         label_into(chip, label)
-    else:
-        assert chip.label is not None
-        tiff.read_into(chip.label, label)
-    return label
+        return label
+    assert chip.label is not None
+    label = np.empty((tile, tile), dtype)
+    tiff.read_into(chip.label, label)
+    return label.astype(LABEL_DTYPE, copy=False)

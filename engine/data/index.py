@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.data.dataset import FEATURE_NAME, LABEL_NAME, MONTHS, SENSORS, T, feature_name
+from engine.data.dataset import FILE, Dataset, load_dataset, parse_dataset
 from engine.data.store import chip_file
 from engine.data.tiff.checksum import cksum_file
 
@@ -29,22 +29,37 @@ LABEL_CSVS = ("*train_agbm_metadata*.csv", "*train_agbm_metadata*.csv.gz")
 
 @dataclass(frozen=True)
 class Chip:
-    """One place.  `months[s]` holds, per sensor of SENSORS, which of the 12 months have a file."""
+    """One place.  `months[s]` holds, for each sensor, which of the T steps have a file; all or none if it is static."""
 
     id: str
     split: str  # "train" or "test"
-    months: tuple[tuple[bool, ...], ...]  # [len(SENSORS)][T]
+    dataset: Dataset
+    months: tuple[tuple[bool, ...], ...]  # [sensors][T]
     folder: Path  # of the features
     label: Path | None  # None where the chip has no label
     packed: Path | None = None  # the file that holds all of it, label included, in a packed store
 
     def path(self, sensor: int, month: int) -> Path:
-        return self.folder / feature_name(self.id, SENSORS[sensor], month)
+        return self.folder / self.dataset.feature_name(self.id, sensor, month)
+
+    @property
+    def there(self) -> list[int]:
+        """The steps with an image."""
+        moving = [have for have, sensor in zip(self.months, self.dataset.sensors) if not sensor.static]
+        return [t for t in range(self.dataset.months) if any(have[t] for have in moving)]
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """The months without any image."""
-        return tuple(t for t in range(T) if not any(have[t] for have in self.months))
+        """The steps without any image."""
+        there = self.there
+        return tuple(t for t in range(self.dataset.months) if t not in there)
+
+    @property
+    def files(self) -> list[Path]:
+        """Its TIFFs."""
+        found = [self.path(number, t) for number, sensor in enumerate(self.dataset.sensors)
+                 for t in range(1 if sensor.static else self.dataset.months) if self.months[number][t]]
+        return found + ([self.label] if self.label is not None else [])
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Index:
     """The chips of a folder, sorted by id."""
 
     root: Path
+    dataset: Dataset
     chips: tuple[Chip, ...]
     files: tuple[Published, ...]  # rows of the CSVs; empty where the folder has none
 
@@ -78,8 +94,10 @@ class Index:
         return [chip for chip in self.chips if chip.label is not None]
 
 
-def open_index(root: Path | str) -> Index:
+def open_index(root: Path | str, dataset: Dataset | None = None) -> Index:
     """Index the TIFF tree, or the packed store, under `root`.
+
+    dataset: what lies there; BioMassters where None.  A folder's own dataset.yaml, and a store's manifest, win.
 
     Raises DataError where the folder is missing or empty, where a CSV names a file that is not there, or where a
     file is there that its CSV does not know (so that a half-finished download never trains in silence).
@@ -90,17 +108,29 @@ def open_index(root: Path | str) -> Index:
                         f"one with `python launch/prepare.py sample --out {root} --chips 16`")
     if is_store(root):
         return _open_store(root)
+    dataset = dataset_at(root, dataset)
     files = tuple(read_metadata(root))
-    on_disk = {path.name: path for path in _tiffs(root)}
+    on_disk = {path.name: path for path in _tiffs(root, dataset)}
+    expected = f"expected {_example(dataset)} in {dataset.folders.train}/ or {dataset.folders.test}/"
     if not on_disk:
-        raise DataError(f"{root}: no chips here; expected {{chip}}_S1_00.tif in train_features/ or test_features/, "
-                        f"or in the folder itself")
+        raise DataError(f"{root}: no chips here; {expected}, or in the folder itself")
     if files:
-        _agree(root, files, on_disk)
-    chips = _chips(on_disk)
+        _agree(root, dataset, files, on_disk)
+    chips = _chips(on_disk, dataset)
     if not chips:
-        raise DataError(f"{root}: only labels here; expected {{chip}}_S1_00.tif in train_features/ or test_features/")
-    return Index(root, tuple(chips), files)
+        raise DataError(f"{root}: only labels here; {expected}")
+    return Index(root, dataset, tuple(chips), files)
+
+
+def dataset_at(root: Path, dataset: Dataset | None = None) -> Dataset:
+    """The description of the TIFF tree at `root`: its own, else `dataset`, else BioMassters'."""
+    if (root / FILE).is_file():
+        return load_dataset(root / FILE)
+    return dataset or load_dataset("biomassters")
+
+
+def _example(dataset: Dataset) -> str:
+    return dataset.feature_name("{chip}", 0, 0)
 
 
 def is_store(root: Path) -> bool:
@@ -110,6 +140,7 @@ def is_store(root: Path) -> bool:
 
 def _open_store(root: Path) -> Index:
     manifest = read_manifest(root)
+    dataset = parse_dataset(manifest["dataset"], f"{root / chip_file.MANIFEST}, dataset")
     folder = root / chip_file.CHIPS
     there = {path.name for path in folder.glob(f"*{chip_file.SUFFIX}")}
     chips = []
@@ -117,10 +148,11 @@ def _open_store(root: Path) -> Index:
         path = folder / f"{entry['id']}{chip_file.SUFFIX}"
         if path.name not in there:
             raise DataError(f"{path}: is in {chip_file.MANIFEST} but not on disk; {chip_file.REMEDY}")
-        chips.append(Chip(entry["id"], entry["split"],
-                          tuple(tuple(month == "1" for month in entry["months"][sensor.name]) for sensor in SENSORS),
+        chips.append(Chip(entry["id"], entry["split"], dataset,
+                          tuple(tuple(month == "1" for month in entry["months"][sensor.name])
+                                for sensor in dataset.sensors),
                           folder, path if entry["label"] else None, path))
-    return Index(root, tuple(chips), ())
+    return Index(root, dataset, tuple(chips), ())
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -129,6 +161,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version, _ = manifest["version"], manifest["chips"][0]["id"]
+        if version == chip_file.VERSION:
+            manifest["dataset"]
     except FileNotFoundError:
         raise DataError(f"{root}: packing is not finished (there is no {chip_file.MANIFEST}); run the same "
                         f"`launch/prepare.py pack` or `download` again, it goes on from where it stopped") from None
@@ -141,49 +175,67 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _tiffs(root: Path) -> Iterator[Path]:
-    folders = [f for f in (root / "train_features", root / "test_features", root / "train_agbm") if f.is_dir()]
+def _tiffs(root: Path, dataset: Dataset) -> Iterator[Path]:
+    names = dataset.folders
+    folders = [f for f in (root / names.train, root / names.test, root / names.target) if f.is_dir()]
     for folder in folders or [root]:
         yield from folder.glob("*.tif")
 
 
-def _chips(on_disk: dict[str, Path]) -> list[Chip]:
+def _chips(on_disk: dict[str, Path], dataset: Dataset) -> list[Chip]:
     months: dict[str, np.ndarray] = {}
     folders: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     for name, path in on_disk.items():
-        if match := FEATURE_NAME.match(name):
-            chip, month = match["chip"], int(match["month"])
-            if month >= T:
-                raise DataError(f"{path}: month {month} does not exist (00 is {MONTHS[0]}, 11 {MONTHS[-1]})")
-            sensor = [s.name for s in SENSORS].index(match["sensor"])
-            months.setdefault(chip, np.zeros((len(SENSORS), T), bool))[sensor, month] = True
-            if folders.setdefault(chip, path.parent) != path.parent:
-                raise DataError(f"{path}: chip {chip} lies in {folders[chip]} as well; keep one of them")
-        elif match := LABEL_NAME.match(name):
-            labels[match["chip"]] = path
-        else:
-            raise DataError(f"{path}: not a name of this data ({{chip}}_S1_00.tif, {{chip}}_agbm.tif); move it away")
+        found = _parse(name, dataset)
+        if found is None:
+            raise DataError(f"{path}: not a name of this data ({_example(dataset)}, {dataset.label_name('{chip}')}); "
+                            f"move it away")
+        chip, sensor, month = found
+        if sensor is None:
+            labels[chip] = path
+            continue
+        if month is not None and month >= dataset.months:
+            raise DataError(f"{path}: month {month} does not exist (00 is {dataset.steps[0]}, {dataset.months - 1} "
+                            f"{dataset.steps[-1]})")
+        months.setdefault(chip, np.zeros((len(dataset.sensors), dataset.months), bool))[
+            sensor, slice(None) if month is None else month] = True
+        if folders.setdefault(chip, path.parent) != path.parent:
+            raise DataError(f"{path}: chip {chip} lies in {folders[chip]} as well; keep one of them")
     return [
-        Chip(chip, "test" if folders[chip].name.startswith("test") else "train",
+        Chip(chip, "test" if folders[chip].name == dataset.folders.test else "train", dataset,
              tuple(tuple(bool(x) for x in row) for row in have), folders[chip], labels.get(chip))
         for chip, have in sorted(months.items())
     ]
 
 
-def _agree(root: Path, files: Iterable[Published], on_disk: dict[str, Path]) -> None:
+def _parse(name: str, dataset: Dataset) -> tuple[str, int | None, int | None] | None:
+    """(chip, sensor, step) of a file's name; no sensor for a label, no step for a static image; None for neither."""
+    for number, pattern in enumerate(dataset.names):
+        if match := pattern.fullmatch(name):
+            if number == len(dataset.sensors):
+                return match["chip"], None, None
+            return match["chip"], number, None if dataset.sensors[number].static else int(match["step"])
+    return None
+
+
+def _agree(root: Path, dataset: Dataset, files: Iterable[Published], on_disk: dict[str, Path]) -> None:
+    def is_feature(name: str) -> bool:
+        found = _parse(name, dataset)
+        return found is not None and found[1] is not None
+
     listed = {file.path.name for file in files}
     absent = sorted(listed - on_disk.keys())
     if absent:
         # One folder often holds a part of the challenge with its whole CSV: chips of which nothing is there are fine.
-        started = {name.split("_")[0] for name in on_disk if FEATURE_NAME.match(name)}
+        started = {name.split("_")[0] for name in on_disk if is_feature(name)}
         holes = [name for name in absent if name.split("_")[0] in started]
         if holes:
             raise DataError(f"{root}: {len(holes)} files are in the metadata CSV but not on disk, first {holes[0]}; "
                             f"download them (`launch/prepare.py verify --data {root}` lists all)")
-    features_listed = any(FEATURE_NAME.match(name) for name in listed)
+    features_listed = any(map(is_feature, listed))
     extra = sorted(name for name in on_disk.keys() - listed
-                   if (FEATURE_NAME.match(name) and features_listed))
+                   if is_feature(name) and features_listed)
     if extra:
         raise DataError(f"{root}: {len(extra)} files are on disk but not in the metadata CSV, first {extra[0]}; "
                         f"move them away or remove the CSV to index by file names")
@@ -265,15 +317,3 @@ def verify(files: Iterable[Published], workers: int = 4,
             if progress:
                 progress(1)
     return problems
-
-
-def months_table(rows: Iterable[dict[str, str]]) -> dict[str, np.ndarray]:
-    """chip -> [len(SENSORS), T] bool from metadata rows alone (planning without the files)."""
-    table: dict[str, np.ndarray] = {}
-    for row in rows:
-        match = FEATURE_NAME.match(row["filename"])
-        if not match:
-            raise DataError(f"metadata row {row['filename']!r}: not a feature file name")
-        sensor = [s.name for s in SENSORS].index(match["sensor"])
-        table.setdefault(match["chip"], np.zeros((len(SENSORS), T), bool))[sensor, int(match["month"])] = True
-    return table

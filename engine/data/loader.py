@@ -16,7 +16,6 @@ import torch
 from engine.base.errors import DeviceError
 from engine.data import pipeline
 from engine.data.batch import Batch, Produced, Producer, Request
-from engine.data.dataset import T
 from engine.data.handoff import MOST, Handoff
 from engine.data.read_ahead import Fed, Job, ReadAhead
 from engine.data.source import UPRIGHT, Source, Turn, turn_of
@@ -39,7 +38,7 @@ class Loader:
             raise DeviceError("data.backend gpu: this machine has no CUDA device; set data.backend: cpu "
                               "(and train.device: cpu)")
         self.wait = 0.0
-        self._dtype, self._handoff = DTYPES[precision], Handoff(device)
+        self._dtype, self._handoff, self._months = DTYPES[precision], Handoff(device), source.dataset.months
         self._producer: Producer
         if source.form == DIRECT:
             assert isinstance(source, PackedSource)
@@ -72,7 +71,7 @@ class Loader:
             self._handoff.drain()
 
     def _batch(self, made: Produced) -> Batch:
-        dropped = torch.from_numpy(np.arange(T) >= np.array(made.kept)[:, None])
+        dropped = torch.from_numpy(np.arange(self._months) >= np.array(made.kept)[:, None])
         chips = [request.chip for request in made.requests]
         images, label, rows, valid = self._handoff.take(made, self._read)
         return Batch(images.permute(0, 1, 4, 2, 3), dropped, label, rows, valid, chips)
@@ -95,8 +94,8 @@ class Piped:
         self._fed: deque[tuple[list[Request], list[int]]] = deque()
         self._asked: deque[list[Request]] = deque()
         self._pipe = pipeline.build(
-            self._feed, form=source.form, batch_size=batch_size, threads=threads, prefetch=prefetch, warp=warp,
-            device_id=(device.index or 0) if gpu else None,
+            self._feed, form=pipeline.Form(source.form, source.dataset, source.values), batch_size=batch_size,
+            threads=threads, prefetch=prefetch, warp=warp, device_id=(device.index or 0) if gpu else None,
             half=gpu and half)  # DALI's CPU operators take 30 ms a chip to write float16
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Produced]:
@@ -122,7 +121,7 @@ class Piped:
     def _turn(self, request: Request) -> Turn | None:
         if not self._warp:
             return UPRIGHT
-        return None if self._gpu else turn_of(request.draw.matrix)
+        return None if self._gpu else turn_of(request.draw.matrix, self._source.dataset.tile)
 
     def _feed(self) -> tuple[list[np.ndarray], ...]:
         ready = next(self._ready)

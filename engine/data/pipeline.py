@@ -7,8 +7,8 @@ Everything stays pixel-interleaved ([…, H, W, C]), as the files are and as cha
 frame is a kept month; the dropped ones are never read, inflated, warped or scaled, and appear only as the zeros that
 fill a chip up to T frames.
 
-A chip's stored form decides how the graph begins (`FORMS`); from there on it is one: a bilinear warp with reflected
-border in the files' integers (Sentinel-1 of a TIFF is float32), in groups of 4 bands because DALI's warp takes no
+A chip's stored form decides how the graph begins (`Form`); from there on it is one: a bilinear warp with reflected
+border in the files' integers (floats of a TIFF are float32), in groups of at most 4 bands because DALI's warp takes no
 more, then scaling, filling up and conversion in one operator.  One matrix a chip carries flip, quarter turns and
 rotation.  The CPU warps only chips whose matrix is no flip or quarter turn; those were turned while they were read.
 On the GPU the packed form arrives compressed: blocks are inflated there, and the planes of a pixel's bytes and bands
@@ -19,6 +19,7 @@ are interleaved by a single transpose of bytes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,44 +29,99 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from engine.base.errors import ConfigError
-from engine.data.dataset import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, C, T
-from engine.data.store.chip_file import CODE_NODATA, CODES_LOW, CODES_SPAN, PLANE
+from engine.data.dataset import LABEL_DTYPE, Dataset, Sensor
+from engine.data.store.chip_file import is_coded, planes_of
 
-_GROUPS = ((0, 4), (4, 8), (8, 12), (12, 15))  # of all bands
-_S2_GROUPS = ((0, 4), (4, 8), (8, 11))  # of Sentinel-2's alone
+MOST_BLOCKS = 65_535  # that DALI 2.4 inflates at once: what fills them up is a grid of one row, a column a block
+_CODE = np.dtype("<u2")
 
 
 class Form(NamedTuple):
-    """A stored form: the layouts of the arrays that its source gives, and how many blocks a chip has at most where
-    they are inflated on a GPU."""
+    """A stored form of a data set's chips, whose source gives what `layouts` says.
 
-    layouts: tuple[str, ...]
-    blocks: int = 0
+    "stack": an array a sensor as in the TIFFs, and the label.  "blocks": bytes, then offsets and sizes of the blocks of
+    all bands, in codes, and of the label.  "blocks_apart": the same with a table for each sensor, where floats are
+    stored as they are.
+    """
+
+    name: str
+    dataset: Dataset
+    values: str  # of `engine.data.store.chip_file`
 
     @property
     def gpu_only(self) -> bool:
-        return self.blocks > 0
+        return self.name != "stack"
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        sensors = len(self.dataset.sensors)
+        return {"stack": ("FHWC",) * sensors + ("HWC",), "blocks": ("",) * 5,
+                "blocks_apart": ("",) * (3 + 2 * sensors)}[self.name]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is warped and scaled together, in the order of channels."""
+        if self.name == "blocks":
+            return (_part(self.dataset.sensors, (True,) * len(self.dataset.sensors)),)
+        return tuple(_part((sensor,), (self.name != "stack" and is_coded(sensor, self.values),))
+                     for sensor in self.dataset.sensors)
+
+    @property
+    def blocks(self) -> int:
+        """Of a chip, that are inflated at once on a GPU."""
+        if not self.gpu_only:
+            return 0
+        counts = np.bincount(planes_of(self.dataset, self.values).sensor)
+        return self.dataset.months * int(counts.sum() if self.name == "blocks" else counts.max())
 
 
-FORMS = {
-    # s1 float32 dB and s2 uint16 as in the TIFFs, label
-    "stack": Form(("FHWC", "FHWC", "HWC")),
-    # bytes, then offsets and sizes of the blocks of: all bands, label
-    "blocks": Form(("",) * 5, blocks=T * C * S2.dtype.itemsize),
-    # the same, of: s1 in float32, s2, label
-    "blocks_float": Form(("",) * 7, blocks=T * max(len(s.bands) * s.dtype.itemsize for s in SENSORS)),
-}
-MOST_BLOCKS = 65_535  # that DALI 2.4 inflates at once: what fills them up is a grid of one row, a column a block
+class Part(NamedTuple):
+    """Bands that are side by side in one array of `dtype`, with a value a band of each of the others."""
+
+    dtype: np.dtype[Any]
+    low: np.ndarray  # what becomes 0
+    span: np.ndarray  # what is divided by then
+    mark: np.ndarray | None  # in blocks, what becomes `marked`: nodata, which scales to 0
+    marked: np.ndarray
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        return groups(len(self.low))
+
+
+def _part(sensors: tuple[Sensor, ...], coded: tuple[bool, ...]) -> Part:
+    low = np.concatenate([s.code_low if code else s.zero for s, code in zip(sensors, coded)])
+    span = np.concatenate([s.code_span if code else s.span for s, code in zip(sensors, coded)])
+    mark: list[float] = []
+    marked: list[float] = []
+    for sensor, code in zip(sensors, coded):
+        nodata = sensor.code_nodata if code else sensor.nodata
+        bands = len(sensor.bands)
+        # A band without nodata has 0 become 0
+        mark += [0 if nodata is None else nodata] * bands
+        marked += [0] * bands if nodata is None else (sensor.code_low if code else sensor.zero).tolist()
+    some = any(sensor.nodata is not None for sensor in sensors)
+    dtype = _CODE if coded[0] else sensors[0].values
+    return Part(dtype, low, span, np.array(mark, dtype) if some else None, np.array(marked, dtype))
+
+
+def groups(bands: int) -> tuple[tuple[int, int], ...]:
+    """Cuts of `bands` into as few groups as can be of 1, 3 or 4: on a GPU the warp has kernels for these alone."""
+    sizes = [4] * (bands // 4) + {0: [], 1: [1], 2: [1, 1], 3: [3]}[bands % 4]
+    if bands % 4 == 2 and bands > 4:
+        sizes[-3:] = [3, 3]
+    ends = np.cumsum([0, *sizes]).tolist()
+    return tuple(itertools.pairwise(ends))
 
 
 Feed = Callable[[], tuple[list[np.ndarray], ...]]
 
 
-def build(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
+def build(feed: Feed, *, form: Form, batch_size: int, device_id: int | None,
           threads: int, prefetch: int, half: bool, warp: bool) -> Pipeline:
     """A built pipeline with outputs images [B, T, H, W, C] (float16 if `half`, else float32) and label [B, H, W].
 
-    `feed()` returns per batch lists of `batch_size` arrays each, those of `form` (a key of FORMS) and, with `warp`,
+    `feed()` returns per batch lists of `batch_size` arrays each, those of `form` and, with `warp`,
     the matrices of `engine.data.plan.Draw` and, on the CPU, whether each is to be applied; it raises StopIteration at
     the end.
     `device_id` None runs on the CPU.
@@ -76,54 +132,51 @@ def build(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
     return pipe
 
 
-def define(feed: Feed, *, form: str, batch_size: int, device_id: int | None,
+def define(feed: Feed, *, form: Form, batch_size: int, device_id: int | None,
            threads: int, prefetch: int, half: bool, warp: bool) -> Pipeline:
     """The pipeline before it is built, which a machine without a GPU can do for one.
 
     Raises ConfigError for a batch of more blocks than DALI inflates at once.
     """
     gpu = device_id is not None
-    blocks = FORMS[form].blocks
+    blocks = form.blocks
     if blocks * batch_size > MOST_BLOCKS:
         raise ConfigError(f"a batch of {batch_size} packed chips has {blocks * batch_size:,} blocks, and DALI inflates "
                           f"at most {MOST_BLOCKS:,} at once on a GPU: give at most {MOST_BLOCKS // blocks} chips "
                           f"(train.micro_batch, validate.micro_batch, --batch)")
-    if FORMS[form].gpu_only and not gpu:
-        raise ValueError(f"form {form!r} is inflated on a GPU")
+    if form.gpu_only and not gpu:
+        raise ValueError(f"form {form.name!r} is inflated on a GPU")
     return _graph(feed, form, gpu, warp, DALIDataType.FLOAT16 if half else DALIDataType.FLOAT,
                   batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch)
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(feed: Any, form: str, gpu: bool, warp: bool, dtype: DALIDataType) -> tuple[Any, Any]:
-    count = len(FORMS[form].layouts)
+def _graph(feed: Any, form: Form, gpu: bool, warp: bool, dtype: DALIDataType) -> tuple[Any, Any]:
+    count = len(form.layouts)
     extra = 0 if not warp else 1 if gpu else 2
-    layouts = [*FORMS[form].layouts, *[""] * extra]
+    layouts = [*form.layouts, *[""] * extra]
     inputs = fn.external_source(source=feed, num_outputs=len(layouts), batch=True, no_copy=True, layout=layouts)
     stored = list(inputs[:count])
     # Python's True and False where all chips of the graph go one way
     matrix, needed = (inputs[count], True if gpu else inputs[count + 1]) if warp else (None, False)
-    if FORMS[form].gpu_only:
+    if form.gpu_only:
         stored = _inflate(form, stored[0].gpu(), stored[1:])
     elif gpu:
         stored = [array.gpu() for array in stored]
     return finish(form, stored, matrix, needed, dtype)
 
 
-def finish(form: str, stored: list[Any], matrix: Any, needed: Any, dtype: DALIDataType) -> tuple[Any, Any]:
-    """Images [T, H, W, C] and label [H, W] of a chip from [bands, label] or [s1, s2, label]."""
-    label = _augment(stored[-1], None, matrix, needed)
-    if form == "blocks":
-        images = _scale(_augment(stored[0], _GROUPS, matrix, needed), _CODES, dtype)
-    else:
-        s1 = _scale(_augment(stored[0], None, matrix, needed), _S1, dtype)
-        s2 = _scale(_augment(stored[1], _S2_GROUPS, matrix, needed), _S2, dtype)
-        images = fn.cat(s1, s2, axis=3)
+def finish(form: Form, stored: list[Any], matrix: Any, needed: Any, dtype: DALIDataType) -> tuple[Any, Any]:
+    """Images [T, H, W, C] and label [H, W] of a chip from an array for each of `form.parts`, and the label."""
+    label = _augment(stored[-1], ((0, 1),), matrix, needed)
+    scaled = [_scale(_augment(frames, part.groups, matrix, needed), part, form.dataset, dtype)
+              for frames, part in zip(stored, form.parts)]
+    images = fn.cat(*scaled, axis=3) if len(scaled) > 1 else scaled[0]
     return images, fn.squeeze(label, axes=[2])
 
 
-def _augment(frames: Any, cuts: tuple[tuple[int, int], ...] | None, matrix: Any, needed: Any) -> Any:
-    """`frames`, warped where `needed`: all bands at once, or the groups that `cuts` make of them side by side."""
+def _augment(frames: Any, cuts: tuple[tuple[int, int], ...], matrix: Any, needed: Any) -> Any:
+    """`frames`, warped where `needed`: the groups that `cuts` make of their bands, side by side again."""
     if needed:  # noqa: SIM108 (a statement, because DALI's conditionals rewrite only those)
         result = _warp(frames, cuts, matrix)
     else:
@@ -131,63 +184,57 @@ def _augment(frames: Any, cuts: tuple[tuple[int, int], ...] | None, matrix: Any,
     return result
 
 
-def _warp(frames: Any, cuts: tuple[tuple[int, int], ...] | None, matrix: Any) -> Any:
-    groups = [fn.slice(frames, start=first, end=last, axes=[3]) for first, last in cuts] if cuts else [frames]
+def _warp(frames: Any, cuts: tuple[tuple[int, int], ...], matrix: Any) -> Any:
+    groups = [fn.slice(frames, start=first, end=last, axes=[3]) for first, last in cuts] if len(cuts) > 1 else [frames]
     warped = [fn.experimental.warp_perspective(group, matrix=matrix, interp_type=DALIInterpType.INTERP_LINEAR,
                                                border_mode="reflect_101", pixel_origin="corner") for group in groups]
     return fn.cat(*warped, axis=3) if len(warped) > 1 else warped[0]
 
 
-class _Range(NamedTuple):
-    """What becomes 0, and what is divided by then, for each band."""
-
-    low: np.ndarray
-    span: np.ndarray
-
-
-_S1, _S2 = _Range(S1.low, S1.high - S1.low), _Range(S2.low, S2.high - S2.low)
-_CODES = _Range(CODES_LOW, CODES_SPAN)
-
-
-def _scale(frames: Any, bands: _Range, dtype: DALIDataType) -> Any:
+def _scale(frames: Any, part: Part, dataset: Dataset, dtype: DALIDataType) -> Any:
     """[K, H, W, bands] → [T, H, W, bands], (x − low) / span in `dtype`; zeros after the K-th frame."""
     return fn.crop_mirror_normalize(
-        fn.reinterpret(frames, layout="DHWC"), output_layout="DHWC", dtype=dtype, mean=bands.low.tolist(),
-        std=bands.span.tolist(), crop_d=T, crop_h=TILE, crop_w=TILE, crop_pos_z=0.0, out_of_bounds_policy="pad",
-        fill_values=[0.0] * len(bands.low))
+        fn.reinterpret(frames, layout="DHWC"), output_layout="DHWC", dtype=dtype, mean=part.low.tolist(),
+        std=part.span.tolist(), crop_d=dataset.months, crop_h=dataset.tile, crop_w=dataset.tile, crop_pos_z=0.0,
+        out_of_bounds_policy="pad", fill_values=[0.0] * len(part.low))
 
 
-def _inflate(form: str, data: Any, tables: list[Any]) -> list[Any]:
-    """On the device: [bands, label] or [s1, s2, label] from the bytes of a file and the places of its blocks."""
+def _inflate(form: Form, data: Any, tables: list[Any]) -> list[Any]:
+    """On the device: what `finish` takes, from the bytes of a file and the places of its blocks."""
 
     def planes(index: int) -> Any:
         offsets, sizes = tables[2 * index:2 * index + 2]
-        return fn.decoders.inflate(data, chunk_offsets=offsets, chunk_sizes=sizes, shape=[PLANE],
+        return fn.decoders.inflate(data, chunk_offsets=offsets, chunk_sizes=sizes, shape=[form.dataset.tile ** 2],
                                    dtype=DALIDataType.UINT8)
 
     return assemble(form, [planes(index) for index in range(len(tables) // 2)])
 
 
-def assemble(form: str, planes: list[Any]) -> list[Any]:
-    """[bands, label] or [s1, s2, label] from their inflated planes, [blocks, PLANE] each."""
-    label = fn.squeeze(interleave(planes[-1], 1, AGBM_DTYPE), axes=[0])
-    if form == "blocks":
-        return [with_nodata(interleave(planes[0], C, S2.dtype), _CODES.low, CODE_NODATA, S2.dtype), label]
-    s1 = interleave(planes[0], len(S1.bands), S1.dtype)
-    return [with_nodata(s1, S1.low, S1_NODATA, S1.dtype), interleave(planes[1], len(S2.bands), S2.dtype), label]
+def assemble(form: Form, planes: list[Any]) -> list[Any]:
+    """An array for each of `form.parts`, and the label, from their inflated planes [blocks, tile²]."""
+    tile = form.dataset.tile
+    label = fn.squeeze(interleave(planes[-1], 1, LABEL_DTYPE, tile), axes=[0])
+    bands = [with_nodata(interleave(found, len(part.low), part.dtype, tile), part)
+             for found, part in zip(planes, form.parts)]
+    return [*bands, label]
 
 
-def interleave(planes: Any, bands: int, dtype: np.dtype) -> Any:
-    """Byte-planes [K × bands × bytes, PLANE] → values [K, H, W, bands] of `dtype`, by one transpose of bytes."""
-    split = fn.reshape(planes, shape=[-1, bands, dtype.itemsize, PLANE])
+def interleave(planes: Any, bands: int, dtype: np.dtype, tile: int) -> Any:
+    """Byte-planes [K × bands × bytes, tile²] → values [K, H, W, bands] of `dtype`, by one transpose of bytes."""
+    split = fn.reshape(planes, shape=[-1, bands, dtype.itemsize, tile ** 2])
     pixels = fn.transpose(split, perm=[0, 3, 1, 2], transpose_layout=False)
-    return fn.reinterpret(pixels, shape=[-1, TILE, TILE, bands], dtype=_DALI[dtype], layout="FHWC")
+    return fn.reinterpret(pixels, shape=[-1, tile, tile, bands], dtype=_DALI[dtype], layout="FHWC")
 
 
-def with_nodata(values: Any, low: np.ndarray, nodata: float, dtype: np.dtype) -> Any:
-    """`nodata` replaced by each band's `low`, which scales to 0."""
-    mark, row = Constant(nodata, dtype=_DALI[dtype]), Constant(low.astype(dtype), device=values.device)
+def with_nodata(values: Any, part: Part) -> Any:
+    """Nodata replaced by what scales to 0."""
+    if part.mark is None:
+        return values
+    same = bool((part.mark == part.mark[0]).all())
+    mark = Constant(part.mark[0].item() if same else part.mark, dtype=_DALI[part.dtype],
+                    **({} if same else {"device": values.device}))
+    row = Constant(part.marked, device=values.device)
     return values * (values != mark) + row * (values == mark)
 
 
-_DALI = {S1.dtype: DALIDataType.FLOAT, S2.dtype: DALIDataType.UINT16}
+_DALI = {np.dtype("<f4"): DALIDataType.FLOAT, _CODE: DALIDataType.UINT16}

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.base.errors import ConfigError
 from engine.config import Augment
-from engine.data.dataset import TILE, T
+from engine.data.dataset import Dataset
 
 # Streams that must not share numbers: the second word of Philox's 128-bit key
 _ORDER, _AUGMENT, _MONTHS, _ROUNDING = 1, 2, 3, 4
@@ -34,13 +34,13 @@ class Draw(NamedTuple):
     origin at the corner of the first pixel (its centre is (0.5, 0.5)); it is applied to images and label alike."""
 
     matrix: np.ndarray
-    keep: np.ndarray  # [T] bool
+    keep: np.ndarray | None  # [T] bool; None: all
 
 
-IDENTITY = Draw(np.eye(3, dtype=np.float32), np.ones(T, bool))
+IDENTITY = Draw(np.eye(3, dtype=np.float32), None)
 
 
-def draw(augment: Augment, seed: int, epoch: int, position: int) -> Draw:
+def draw(dataset: Dataset, augment: Augment, seed: int, epoch: int, position: int) -> Draw:
     """The augmentation of the chip at `position` of an epoch.
 
     Always consumes the same count of random numbers, so that changing one option leaves the others' draws alone.
@@ -50,27 +50,28 @@ def draw(augment: Augment, seed: int, epoch: int, position: int) -> Draw:
     flip = u[0] < augment.hflip
     quarter_turns = int(u[1] * 4) if augment.rot90 else 0
     angle = math.radians((2 * u[3] - 1) * augment.degrees) if u[2] < augment.rotate else 0.0
-    centre = TILE * (0.5 + (2 * u[4:6] - 1) * augment.centre_jitter)
-    keep = _group_keep(augment, seed, epoch, position // augment.group)[position % augment.group]
-    return Draw(dihedral(flip, quarter_turns, rotation(angle, centre)), keep)
+    tile = dataset.tile
+    centre = tile * (0.5 + (2 * u[4:6] - 1) * augment.centre_jitter)
+    keep = _group_keep(augment, dataset.months, seed, epoch, position // augment.group)[position % augment.group]
+    return Draw(dihedral(tile, flip, quarter_turns, rotation(angle, centre)), keep)
 
 
 @functools.lru_cache(maxsize=64)
-def _group_keep(augment: Augment, seed: int, epoch: int, group: int) -> np.ndarray:
-    """Kept months of a group of successive positions, [augment.group, T] bool.
+def _group_keep(augment: Augment, months: int, seed: int, epoch: int, group: int) -> np.ndarray:
+    """Kept months (of T = `months`) of a group of successive positions, [augment.group, T] bool.
 
     Drawn chip by chip, then brought to a multiple of `months_step` in sum.  Groups lie in the order of the epoch, so
     the result knows nothing of ranks and micro-batches.
     """
-    u = _generator(_MONTHS, seed, epoch, group).random((augment.group, T + 2))
-    keep = (u[:, T] >= augment.month_dropout)[:, None] | (u[:, :T] >= augment.drop_month)
+    u = _generator(_MONTHS, seed, epoch, group).random((augment.group, months + 2))
+    keep = (u[:, months] >= augment.month_dropout)[:, None] | (u[:, :months] >= augment.drop_month)
     empty = ~keep.any(1)
-    keep[empty, (u[empty, T + 1] * T).astype(int)] = True
+    keep[empty, (u[empty, months + 1] * months).astype(int)] = True
     step, kept = augment.months_step, int(keep.sum())
     if step > 1 and kept % step:
         generator = _generator(_ROUNDING, seed, epoch, group)
         up = generator.random() * step < kept % step
-        _change(keep, generator, step - kept % step if up else -(kept % step), u[:, T] < augment.month_dropout)
+        _change(keep, generator, step - kept % step if up else -(kept % step), u[:, months] < augment.month_dropout)
     return keep
 
 
@@ -78,7 +79,7 @@ def _change(keep: np.ndarray, generator: np.random.Generator, by: int, losing: n
     """Restore (`by` > 0) or drop (`by` < 0) that many months at random, among the chips that lose months at all;
     a chip keeps at least one."""
     for place in generator.permutation(keep.size):
-        chip, month = divmod(int(place), T)
+        chip, month = divmod(int(place), keep.shape[1])
         if by > 0 and losing[chip] and not keep[chip, month]:
             keep[chip, month], by = True, by - 1
         elif by < 0 and losing[chip] and keep[chip, month] and keep[chip].sum() > 1:
@@ -94,18 +95,16 @@ def rotation(angle: float, centre: np.ndarray) -> np.ndarray:
     return np.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0, 0, 1]])
 
 
-# A horizontal flip and a quarter turn of the tile, output → input: small integers, exact in floating point
-_FLIP = np.array([[-1.0, 0, TILE], [0, 1, 0], [0, 0, 1]])
-_TURN = np.array([[0.0, -1, TILE], [1, 0, 0], [0, 0, 1]])
+def dihedral(tile: int, flip: bool, quarter_turns: int, then: np.ndarray) -> np.ndarray:
+    """Output → input for: flip the image of `tile` pixels a side, turn it by `quarter_turns` × 90°, then apply `then`.
 
-
-def dihedral(flip: bool, quarter_turns: int, then: np.ndarray) -> np.ndarray:
-    """Output → input for: flip the image, turn it by `quarter_turns` × 90°, then apply `then`."""
+    Flips and turns are of small integers, exact in floating point.
+    """
     matrix = np.eye(3)
     if flip:
-        matrix = matrix @ _FLIP
+        matrix = matrix @ np.array([[-1.0, 0, tile], [0, 1, 0], [0, 0, 1]])
     for _ in range(quarter_turns % 4):
-        matrix = matrix @ _TURN
+        matrix = matrix @ np.array([[0.0, -1, tile], [1, 0, 0], [0, 0, 1]])
     return (matrix @ then).astype(np.float32)
 
 
@@ -146,25 +145,25 @@ class Item(NamedTuple):
 
 
 def training_batches(n: int, seed: int, epoch: int, sharding: Sharding, start_step: int = 0,
-                     augment: Augment | None = None) -> Iterator[list[Item]]:
+                     augment: Augment | None = None, months: int = 12) -> Iterator[list[Item]]:
     """This rank's micro-batches of an epoch, from optimizer step `start_step` on.
 
-    augment: what months are dropped by, for dealing; None: a global batch is cut in its order.
+    augment: what of `months` are dropped by, for dealing; None: a global batch is cut in its order.
     """
     chips = order(n, seed, epoch)
     s = sharding
     for step in range(start_step, s.steps(n)):
         first = step * s.global_batch
         kept = [0] * s.global_batch if augment is None else \
-            [kept_months(augment, seed, epoch, p) for p in range(first, first + s.global_batch)]
+            [kept_months(augment, months, seed, epoch, p) for p in range(first, first + s.global_batch)]
         dealt = deal(kept, s.accumulate * s.world)
         for turn in range(s.accumulate):
             yield [Item(int(chips[first + k]), first + k) for k in dealt[turn * s.world + s.rank]]
 
 
-def kept_months(augment: Augment, seed: int, epoch: int, position: int) -> int:
-    """How many months the chip at `position` of an epoch keeps, of those that it has."""
-    return int(_group_keep(augment, seed, epoch, position // augment.group)[position % augment.group].sum())
+def kept_months(augment: Augment, months: int, seed: int, epoch: int, position: int) -> int:
+    """How many of `months` the chip at `position` of an epoch keeps, of those that it has."""
+    return int(_group_keep(augment, months, seed, epoch, position // augment.group)[position % augment.group].sum())
 
 
 def deal(months: Sequence[int], hands: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ class Job(NamedTuple):
     """What to read."""
 
     chip: Chip
-    keep: np.ndarray  # [T] bool
+    keep: np.ndarray | None  # [T] bool; None: all
     turn: Turn | None  # None: to be warped
 
 

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.data.dataset import S1, S1_NODATA, S2, C, T
 from engine.data.source import Stack
-from engine.data.store.chip_file import CODE_STEP
 
 
 def transform(stack: Stack, matrix: np.ndarray | None, steps: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Images [T, H, W, C] float32 and label [H, W] float32 of one chip.
 
-    Normalised as the 1st-place solution does; nodata becomes 0 after scaling; `matrix` is `engine.data.plan.Draw`'s
-    (None: not warped).  Slot k holds month `stack.months[k]`; slots without a month are zero.  `steps`: Sentinel-1
-    is rounded to whole steps of 0.01 dB first, and again by the warp, as in a packed store.
+    Normalised as the description says; nodata becomes 0 after scaling; `matrix` is `engine.data.plan.Draw`'s (None: not
+    warped).  Slot k holds step `stack.months[k]`; slots without a step are zero.  `steps`: floats with a `packed_step`
+    are rounded to whole steps first, and again by the warp, as in a packed store.
     """
-    s1, s2, label = np.where(stack.s1 == S1_NODATA, S1.low, stack.s1), stack.s2, stack.label
-    if steps:
-        s1 = np.rint(s1.astype(np.float64) / CODE_STEP)
-    if matrix is not None:
-        s1 = warp(s1, matrix)
-        s2 = np.rint(warp(s2.astype(np.float32), matrix)).astype(np.uint16)  # warped in the files' integer counts
-        label = warp(label[None], matrix)[0]
-    if steps:
-        s1 = np.rint(s1) * CODE_STEP
-    s1 = ((s1 - S1.low) / (S1.high - S1.low)).astype(np.float32)
-    images = np.zeros((T, *s1.shape[1:3], C), np.float32)
-    images[:len(s1)] = np.concatenate([s1, s2 / S2.high], axis=-1)
+    dataset, scaled = stack.dataset, []
+    for sensor, values in zip(dataset.sensors, stack.images):
+        if sensor.nodata is not None:
+            values = np.where(values == sensor.values.type(sensor.nodata), sensor.zero.astype(sensor.values), values)
+        step = sensor.packed_step if steps else None
+        if step:
+            values = np.rint(values.astype(np.float64) / step)
+        if matrix is not None:
+            values = warp(values.astype(np.float32), matrix)
+            if sensor.dtype != "float32":
+                values = np.rint(values).astype(sensor.values)  # warped in the files' integers
+        if step:
+            values = np.rint(values) * step
+        scaled.append(((values - sensor.zero) / sensor.span).astype(np.float32))
+    images = np.zeros((dataset.months, dataset.tile, dataset.tile, dataset.channels), np.float32)
+    images[:len(stack.months)] = np.concatenate(scaled, axis=-1)
+    label = stack.label if matrix is None else warp(stack.label[None], matrix)[0]
     return images, label[:, :, 0]
 
 

@@ -1,4 +1,4 @@
-"""What a stored form of chips has to offer: a `Source` reads the months that the plan keeps into arrays for the
+"""What a stored form of chips has to offer: a `Source` reads the steps that the plan keeps into arrays for the
 pipeline.
 
 `engine.data.tiff.source` and `engine.data.store.source` are the two that there are; `engine.data.forms` tells them
@@ -10,12 +10,13 @@ are moved anyway, and does not pass through the warp.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from engine.data.dataset import AGBM_DTYPE, S1, S1_NODATA, S2, TILE, T
+from engine.data.dataset import LABEL_DTYPE, Dataset
 from engine.data.index import Chip
 from engine.data.plan import dihedral
 
@@ -32,29 +33,43 @@ class Turn(NamedTuple):
 
 
 UPRIGHT = Turn(False, 0)
-_TURNS = {turn: dihedral(turn.flip, turn.quarters, np.eye(3)) for turn in map(Turn._make, np.ndindex(2, 4))}
 
 
-def turn_of(matrix: np.ndarray) -> Turn | None:
-    """Which flip and quarter turn `matrix` (of a `Draw`) is exactly; None where it is none of them."""
-    return next((turn for turn, exact in _TURNS.items() if np.array_equal(matrix, exact)), None)
+@functools.cache
+def _turns(tile: int) -> dict[Turn, np.ndarray]:
+    return {turn: dihedral(tile, turn.flip, turn.quarters, np.eye(3)) for turn in map(Turn._make, np.ndindex(2, 4))}
+
+
+def turn_of(matrix: np.ndarray, tile: int) -> Turn | None:
+    """Which flip and quarter turn of a tile `matrix` (of a `Draw`) is exactly; None where it is none of them."""
+    return next((turn for turn, exact in _turns(tile).items() if np.array_equal(matrix, exact)), None)
 
 
 class Stack(NamedTuple):
-    """One chip as in its TIFFs.  K kept months, in the order of the calendar."""
+    """One chip as in its TIFFs.  K kept steps, in their order."""
 
-    s1: np.ndarray  # [K, TILE, TILE, 4] float32, dB, S1_NODATA where there is nothing
-    s2: np.ndarray  # [K, TILE, TILE, 11] uint16, zeros where the month has no file
-    label: np.ndarray  # [TILE, TILE, 1] float32, t/ha; zeros where the chip has none
+    dataset: Dataset
+    images: tuple[np.ndarray, ...]  # of each sensor [K, tile, tile, bands] in its dtype, `Sensor.absent` for no image
+    label: np.ndarray  # [tile, tile, 1] float32, in the target's unit; zeros where the chip has none
     months: np.ndarray  # [K] int64
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What the pipeline takes.  Nodata becomes the value that scales to 0 (in place), since a warp would mix
-        −9999 into its neighbours."""
-        for month in self.s1:
-            if month.min() == S1_NODATA:  # a look is cheaper than a mask
-                np.copyto(month, S1.low, where=month == S1_NODATA)
-        return self.s1, self.s2, self.label
+        it into its neighbours."""
+        for sensor, images in zip(self.dataset.sensors, self.images):
+            if sensor.nodata is None:
+                continue
+            nodata = sensor.values.type(sensor.nodata)
+            lowest = sensor.nodata < min(sensor.low)
+            for image in images:
+                if not lowest or image.min() <= nodata:  # a look is cheaper than a mask
+                    np.copyto(image, sensor.zero.astype(sensor.values), where=image == nodata)
+        return *self.images, self.label
+
+    def seen(self, sensor: int) -> np.ndarray:
+        """[K] bool: the sensor saw anything in that step."""
+        absent = self.dataset.sensors[sensor].absent
+        return np.array([bool((image != absent).any()) for image in self.images[sensor]], bool)
 
 
 class Stored(Protocol):
@@ -76,14 +91,19 @@ class Source(Protocol):
         """Which arrays it gives: a key of `engine.data.pipeline.FORMS`, or `engine.data.store.source.DIRECT`."""
 
     @property
-    def s1(self) -> str:
-        """How exact Sentinel-1 is: `engine.data.store.chip_file` EXACT or STEPS."""
+    def dataset(self) -> Dataset:
+        """What it holds."""
+
+    @property
+    def values(self) -> str:
+        """How exact floats are: `engine.data.store.chip_file` EXACT or STEPS."""
 
     def buffer(self) -> Any:
         """Memory for one chip."""
 
-    def read(self, chip: Chip, keep: np.ndarray, into: Any, turn: Turn | None = UPRIGHT) -> Stored:
-        """Read the months of `chip` where `keep` [T] bool, into `into`, turned by `turn` (None: to be warped)."""
+    def read(self, chip: Chip, keep: np.ndarray | None, into: Any, turn: Turn | None = UPRIGHT) -> Stored:
+        """Read the steps of `chip` where `keep` [T] bool (None: all), into `into`, turned by `turn` (None: to be
+        warped)."""
 
     def stack(self, chip: Chip) -> Stack:
         """The whole chip, for people and pictures."""
@@ -111,12 +131,21 @@ class Cache:
                 self._held[key] = value
 
 
-def empty_stack() -> Stack:
-    return Stack(np.empty((T, *S1.shape), S1.dtype), np.empty((T, *S2.shape), S2.dtype),
-                 np.empty((TILE, TILE, 1), AGBM_DTYPE), np.arange(T))
+def empty_stack(dataset: Dataset) -> Stack:
+    images = tuple(np.empty((dataset.months, *dataset.shape(sensor)), sensor.values) for sensor in dataset.sensors)
+    label = np.empty((dataset.tile, dataset.tile, 1), LABEL_DTYPE)
+    return Stack(dataset, images, label, np.arange(dataset.months))
 
 
-def present_months(chip: Chip, keep: np.ndarray) -> list[int]:
-    """The kept months of which there is an image; all that there are, where every kept one is missing."""
-    there = [t for t in range(T) if any(have[t] for have in chip.months)]
-    return [t for t in there if keep[t]] or there
+def present_months(chip: Chip, keep: np.ndarray | None) -> list[int]:
+    """The kept steps of which there is an image; all that there are, where every kept one is missing."""
+    there = chip.there
+    return there if keep is None else [t for t in there if keep[t]] or there
+
+
+def fill(image: np.ndarray, values: np.ndarray) -> None:
+    """[…, bands] with a value a band."""
+    if (values == values[0]).all():
+        image.fill(values[0])  # many times as quick
+    else:
+        image[...] = values

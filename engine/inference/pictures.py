@@ -12,34 +12,57 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from engine.base.files import atomic_write
-from engine.data.dataset import MONTHS, S1_NODATA
+from engine.data.dataset import Dataset, Picture, Target
 from engine.data.source import Stack
 
-_BIOMASS = "YlGn"
+_MAP = "YlGn"
 
 
 def quicklook(stack: Stack) -> tuple[np.ndarray, str]:
-    """The clearest month as people look at it: [H, W, 3] in 0..1 and a title.
+    """A step as people look at it: [H, W, 3] in 0..1 and a title.
 
-    Sentinel-2 in natural colour from the month with the lowest mean cloud probability; Sentinel-1 in false colour
-    (VV, VH, VV − VH) where no optical image exists.
+    The first of the description's `pictures` of which there is anything: in its clearest step, where it says which band
+    shows clouds, else in the first one.
     """
-    seen = [k for k in range(len(stack.months)) if stack.s2[k].any()]
-    if seen:
-        clearest = min(seen, key=lambda k: stack.s2[k, ..., 10].mean())
-        rgb = stack.s2[clearest][..., [2, 1, 0]].astype(np.float32)
-        low, high = np.percentile(rgb, (1, 99))
-        return np.clip((rgb - low) / max(high - low, 1), 0, 1) ** 0.7, f"Sentinel-2, {MONTHS[stack.months[clearest]]}"
-    s1 = stack.s1[0]
-    pair = s1[..., :2] if (s1[..., 0] != S1_NODATA).any() else s1[..., 2:]
-    vv, vh = pair[..., 0], pair[..., 1]
-    scaled = [np.clip((x - low) / (high - low), 0, 1)
-              for x, low, high in ((vv, -20, 0), (vh, -28, -5), (vv - vh, 2, 12))]
-    return np.stack(scaled, -1), f"Sentinel-1, {MONTHS[stack.months[0]]}"
+    dataset = stack.dataset
+    for picture in dataset.pictures or (_plain(dataset),):
+        number = next(n for n, sensor in enumerate(dataset.sensors) if sensor.name == picture.sensor)
+        sensor = dataset.sensors[number]
+        places = [sensor.bands.index(band) for band in picture.bands]
+        images, absent = stack.images[number], sensor.absent[places]
+        seen = [k for k, image in enumerate(images) if (image[..., places] != absent).any()]
+        if not seen:
+            continue
+        shown = seen[0]
+        if picture.clouds is not None:
+            clouds = sensor.bands.index(picture.clouds)
+            shown = min(seen, key=lambda k: images[k, ..., clouds].mean())
+        return _colours(images[shown][..., places], picture), f"{picture.title}, {dataset.steps[stack.months[shown]]}"
+    return np.zeros((dataset.tile, dataset.tile, 3)), "nothing seen"
+
+
+def _plain(dataset: Dataset) -> Picture:
+    sensor = dataset.sensors[0]
+    return Picture(title=sensor.name, sensor=sensor.name, bands=sensor.bands[:3 if len(sensor.bands) > 2 else 1])
+
+
+def _colours(bands: np.ndarray, picture: Picture) -> np.ndarray:
+    """[H, W, 1, 2 or 3] → [H, W, 3] in 0..1; of two, their difference is the third."""
+    bands = bands.astype(np.float32)
+    if bands.shape[-1] == 2:
+        bands = np.concatenate([bands, bands[..., :1] - bands[..., 1:]], -1)
+    if picture.low is not None:
+        low, high = np.array(picture.low), np.array(picture.high)
+        scaled = np.clip((bands - low) / (high - low), 0, 1)
+    else:
+        low, high = np.percentile(bands, (1, 99))
+        scaled = np.clip((bands - low) / max(high - low, 1e-6), 0, 1) ** 0.7
+    return np.broadcast_to(scaled, (*scaled.shape[:2], 3))
 
 
 def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarray | None) -> Figure:
-    """Panel of one chip; `prediction` and `truth` [H, W] t/ha."""
+    """Panel of one chip; `prediction` and `truth` [H, W] in the target's unit."""
+    target = stack.dataset.target
     image, title = quicklook(stack)
     figure = Figure(figsize=(13 if truth is not None else 7, 3.6), layout="constrained")
     axes = figure.subplots(1, 4 if truth is not None else 2)
@@ -48,15 +71,15 @@ def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarr
     top = float(np.percentile(np.concatenate([x.ravel() for x in (prediction, truth) if x is not None]), 99.5))
     maps = [(truth, "truth")] if truth is not None else []
     for axis, (values, what) in zip(axes[1:], [*maps, (prediction, "prediction")]):
-        shown = axis.imshow(values, cmap=_BIOMASS, vmin=0, vmax=max(top, 1))
+        shown = axis.imshow(values, cmap=_MAP, vmin=0, vmax=_top(top))
         axis.set_title(what)
-    figure.colorbar(shown, ax=axes[1:3].tolist() if truth is not None else axes[1], label="AGBM, t/ha", shrink=0.85)
+    figure.colorbar(shown, ax=axes[1:3].tolist() if truth is not None else axes[1], label=_label(target), shrink=0.85)
     if truth is not None:
         error = prediction - truth
-        limit = max(float(np.percentile(np.abs(error), 99)), 1)
+        limit = _top(float(np.percentile(np.abs(error), 99)))
         shown = axes[3].imshow(error, cmap="RdBu", vmin=-limit, vmax=limit)
         axes[3].set_title(f"prediction − truth, RMSE {np.sqrt(np.mean(error.astype(np.float64) ** 2)):.1f}")
-        figure.colorbar(shown, ax=axes[3], label="t/ha", shrink=0.85)
+        figure.colorbar(shown, ax=axes[3], label=target.unit, shrink=0.85)
     figure.suptitle(f"chip {name}")
     for axis in axes:
         axis.set_xticks([])
@@ -66,8 +89,8 @@ def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarr
 
 def months_figure(name: str, stack: Stack, labelled: bool) -> Figure:
     """Every month of a chip as `quicklook` shows it, and its label."""
-    shown = [quicklook(stack._replace(s1=stack.s1[k:k + 1], s2=stack.s2[k:k + 1], months=stack.months[k:k + 1]))
-             for k in range(len(stack.months))]
+    shown = [quicklook(stack._replace(images=tuple(images[k:k + 1] for images in stack.images),
+                                      months=stack.months[k:k + 1])) for k in range(len(stack.months))]
     columns = 5
     rows = -(-(len(shown) + labelled) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
@@ -79,19 +102,29 @@ def months_figure(name: str, stack: Stack, labelled: bool) -> Figure:
         axis.set_title(title, fontsize=9)
     if labelled:
         axis = axes[len(shown)]
-        drawn = axis.imshow(stack.label[..., 0], cmap=_BIOMASS, vmin=0,
-                            vmax=max(float(np.percentile(stack.label, 99.5)), 1))
-        axis.set_title("AGBM, t/ha", fontsize=9)
+        drawn = axis.imshow(stack.label[..., 0], cmap=_MAP, vmin=0,
+                            vmax=_top(float(np.percentile(stack.label, 99.5))))
+        axis.set_title(_label(stack.dataset.target), fontsize=9)
         figure.colorbar(drawn, ax=axis, shrink=0.8)
     figure.suptitle(f"chip {name}")
     return figure
 
 
-class Scatter:
-    """Predicted against true of any number of pixels, as a histogram on a fixed grid."""
+def _label(target: Target) -> str:
+    return f"{target.name}, {target.unit}" if target.unit else target.name
 
-    def __init__(self, top: float = 450.0, bins: int = 150):
-        self.edges = np.linspace(0, top, bins + 1)
+
+def _top(value: float) -> float:
+    """The end of a scale that begins at 0."""
+    return value if value > 0 else 1.0
+
+
+class Scatter:
+    """Predicted against true of any number of pixels, as a histogram on a fixed grid from 0 to `top`."""
+
+    def __init__(self, target: Target, top: float, bins: int = 150):
+        self._target = target
+        self.edges = np.linspace(0, _top(top), bins + 1)
         self.counts = np.zeros((bins, bins))
 
     def add(self, prediction: np.ndarray, truth: np.ndarray) -> None:
@@ -106,7 +139,8 @@ class Scatter:
         counts = np.ma.masked_equal(self.counts.T, 0)
         shown = axis.pcolormesh(self.edges, self.edges, counts, norm=LogNorm(vmin=1), cmap="viridis")
         axis.plot([0, self.edges[-1]], [0, self.edges[-1]], color="black", linewidth=0.8)
-        axis.set(xlabel="true AGBM, t/ha", ylabel="predicted AGBM, t/ha", aspect="equal")
+        label = _label(self._target)
+        axis.set(xlabel=f"true {label}", ylabel=f"predicted {label}", aspect="equal")
         axis.text(0.03, 0.97, "\n".join(lines), transform=axis.transAxes, va="top",
                   bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"})
         figure.colorbar(shown, label="pixels")

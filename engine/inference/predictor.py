@@ -17,7 +17,7 @@ from engine.base.files import write_text
 from engine.base.progress import Progress
 from engine.config import parse_config
 from engine.data.batch import Batch
-from engine.data.dataset import AGBM_DTYPE, TILE, label_name
+from engine.data.dataset import LABEL_DTYPE, Dataset, described, differences
 from engine.data.forms import open_source, read_label
 from engine.data.index import Chip, open_index
 from engine.data.loader import Loader
@@ -30,14 +30,15 @@ from engine.inference.cudagraphs import Graphed
 from engine.inference.fold import optimize_for_inference
 from engine.model import weights
 
+SCALED_BY = 64  # labels that the scatter's axes are chosen by
 SPLITS = ("auto", "train", "test", "all", "validation")
 
 
 def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
-    """The chips of `data` to predict.
+    """The chips of `data` to predict with the weights `run`, whose description `data` is read by if it has none.
 
-    `split`: "train", "test" or "all" of what lies there; "validation": those that the run `run` (a run folder) held
-    out; "auto": test chips where there are any, else all.  Raises DataError where that is none.
+    `split`: "train", "test" or "all" of what lies there; "validation": those that `run`, a run folder then, held out;
+    "auto": test chips where there are any, else all.  Raises DataError where that is none.
     """
     if split == "validation":
         recipe = run / "config.yaml"
@@ -49,7 +50,7 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
         raw = yaml.safe_load(recipe.read_text())
         raw["data"]["path"] = str(data)
         return select_chips(parse_config(raw, str(recipe)))[1]
-    index = open_index(data)
+    index = open_index(data, described(weights.read_notes(run), str(run)))
     chips = list(index.chips) if split == "all" else index.split(split if split != "auto" else "test")
     if not chips and split == "auto":
         chips = list(index.chips)
@@ -62,7 +63,8 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
             tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
             readers: Threads = "auto", threads: Threads = "auto", backbone: str | None = None, optimize: bool = True,
             compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
-    """Write `out/{chip}_agbm.tif` (float32, t/ha) for every chip; where labels exist, metrics and pictures as well.
+    """Write a map for every chip into `out`, by the name of its label (`{chip}_agbm.tif`): float32, in the target's
+    unit; where labels exist, metrics and pictures as well.
 
     optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, all flips in one
     batch; False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for
@@ -73,6 +75,7 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
     backend = "gpu" if device.type == "cuda" else "cpu"
     with together():
         model = weights.load_model(weights_path, device, backbone).eval()
+        _fit(described(weights.read_notes(weights_path), str(weights_path)), chips[0], weights_path)
         if optimize:
             model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
         forward = Graphed(model) if cuda_graphs else model
@@ -96,6 +99,14 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
     return metrics
 
 
+def _fit(trained: Dataset, chip: Chip, path: Path) -> None:
+    """Raises DataError where the images of `chip` are others than the weights at `path` were trained on."""
+    other = differences(trained, chip.dataset)
+    if other:
+        raise DataError(f"{chip.folder}: does not hold what {path} was trained on: {'; '.join(other[:3])}; give data "
+                        f"of {trained.name!r}, or other weights")
+
+
 class Writer:
     """Writes a batch's maps while the device already works on the next one."""
 
@@ -109,7 +120,7 @@ class Writer:
         if prediction.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()  # behind both copies
-        self._waiting.append(_Pending([chip.id for chip in batch.chips], maps, valid, done))
+        self._waiting.append(_Pending(batch.chips, maps, valid, done))
         if len(self._waiting) > 1:
             self._write(self._waiting.popleft())
 
@@ -122,12 +133,12 @@ class Writer:
             pending.done.synchronize()
         for chip, values, valid in zip(pending.chips, pending.maps.numpy(), pending.valid.tolist()):
             if valid:
-                tiff.write_map(self._out / label_name(chip), values)
+                tiff.write_map(_place(self._out, chip), values)
                 self._progress.advance()
 
 
 class _Pending(NamedTuple):
-    chips: list[str]
+    chips: list[Chip]
     maps: torch.Tensor  # [B, H, W]
     valid: torch.Tensor  # [B]
     done: torch.cuda.Event | None
@@ -143,10 +154,11 @@ def _write_metrics(path: Path, metrics: dict[str, float], per_chip: np.ndarray, 
 
 def _draw(out: Path, chips: Sequence[Chip], source: Source, n_pictures: int, metrics: dict[str, float]) -> None:
     """Panels of the first chips, and one scatter over all that have a label; read back from the maps written."""
-    scatter = pictures.Scatter()
     labelled = [chip for chip in chips if chip.label is not None]
+    truths = [read_label(chip) for chip in labelled[:SCALED_BY]]
+    scatter = pictures.Scatter(chips[0].dataset.target, max((float(np.percentile(x, 99.9)) for x in truths), default=1))
     for chip in labelled:
-        scatter.add(_read_map(out / label_name(chip.id)), read_label(chip))
+        scatter.add(_read_map(out, chip), read_label(chip))
     if labelled:
         lines = [f"{len(labelled)} chips", f"RMSE {metrics['rmse_per_chip']:.2f} (mean over chips)",
                  f"RMSE {metrics['rmse_pooled']:.2f} (pooled)",
@@ -155,11 +167,15 @@ def _draw(out: Path, chips: Sequence[Chip], source: Source, n_pictures: int, met
     for chip in chips[:n_pictures]:
         stack = source.stack(chip)
         truth = stack.label[..., 0] if chip.label is not None else None
-        figure = pictures.chip_figure(chip.id, stack, _read_map(out / label_name(chip.id)), truth)
+        figure = pictures.chip_figure(chip.id, stack, _read_map(out, chip), truth)
         pictures.save(figure, out / "pictures" / f"{chip.id}.png")
 
 
-def _read_map(path: Path) -> np.ndarray:
-    values = np.empty((TILE, TILE), AGBM_DTYPE)
-    tiff.read_into(path, values)
+def _place(out: Path, chip: Chip) -> Path:
+    return out / chip.dataset.label_name(chip.id)
+
+
+def _read_map(out: Path, chip: Chip) -> np.ndarray:
+    values = np.empty((chip.dataset.tile, chip.dataset.tile), LABEL_DTYPE)
+    tiff.read_into(_place(out, chip), values)
     return values

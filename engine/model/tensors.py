@@ -52,6 +52,18 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
                        "copy or download it again")
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts of a safetensors file; none of other kinds.  Raises WeightsError for one that is damaged."""
+    with path.open("rb") as handle:
+        if handle.read(9)[8:9] != b"{":
+            return {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: truncated or damaged ({error}); copy or download it again") from error
+
+
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
     """Write tensors and texts as one safetensors file; atomic, and the same bytes for the same content.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.base.errors import ConfigError, WeightsError
 from engine.model.backbones import TILE, guess_backbone, input_channels
-from engine.model.tensors import read_tensors, write_tensors
+from engine.model.tensors import read_metadata, read_tensors, write_tensors
 from engine.model.unet import BiomassUNet
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,12 @@ def read_weights(path: str | Path, backbone: str | None = None) -> tuple[dict[st
         raise WeightsError(f"{file}: not the weights of a BiomassUNet (first tensors: {', '.join(list(state)[:3])}); "
                            "for an encoder alone set model.pretrained to its path")
     return state, _architecture(file, state, about, backbone)
+
+
+def read_notes(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file (or a run folder's); empty for the winner's kinds.  Raises WeightsError."""
+    file = _weights_file(Path(path))
+    return read_metadata(file)
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

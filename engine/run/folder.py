@@ -27,15 +27,17 @@ from engine.config import Config
 LOCK = ".lock"
 LATE = 10.0  # seconds that a network disk may take to show a new file to other hosts
 
+_WORDS = {"steps": "in steps (packed)", "exact": "as they are (TIFFs, packed with --lossless)"}
+
 # What may differ between the commands that start and resume a run
 _FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("data", "prefetch"),
          ("data", "cache_gb"), ("data", "verify"), ("data", "path"), ("data", "backend"), ("run", "folder"),
          ("train", "timeout_s"))
 
 
-def claim(folder: Path, config: Config, restart: bool, s1: str) -> BinaryIO | None:
+def claim(folder: Path, config: Config, restart: bool, values: str) -> BinaryIO | None:
     """Make the run's folder this recipe's, and nobody else's as long as the lock that rank 0 gets is open.
-    `s1`: how exact Sentinel-1 is in its data (`engine.data.store.chip_file`).
+    `values`: how exact floats are in its data (`engine.data.store.chip_file`).
 
     Raises ConfigError where another process trains in it, where it holds a run of another recipe, or one that was begun
     on data of another exactness (`data.path` itself may change, between the TIFFs and a lossless store for instance),
@@ -47,7 +49,7 @@ def claim(folder: Path, config: Config, restart: bool, s1: str) -> BinaryIO | No
             if restart and folder.exists() and not (folder / "config.yaml").exists():
                 raise ConfigError(f"{folder} is not a run's folder; --restart does not delete it")
             lock = _lock(folder)
-            _claim(folder, config, restart, s1)
+            _claim(folder, config, restart, values)
     _seen_by_all(folder)
     return lock
 
@@ -70,7 +72,7 @@ def _lock(folder: Path) -> BinaryIO:
     return handle
 
 
-def _claim(folder: Path, config: Config, restart: bool, s1: str) -> None:
+def _claim(folder: Path, config: Config, restart: bool, values: str) -> None:
     path, data = folder / "config.yaml", folder / "data.json"
     if restart:
         for entry in folder.iterdir():
@@ -85,12 +87,12 @@ def _claim(folder: Path, config: Config, restart: bool, s1: str) -> None:
             raise ConfigError(f"{folder} holds a run of another recipe ({', '.join('.'.join(k) for k in changed[:5])} "
                               f"changed); give this one another run.name, or --restart to delete that run")
         begun_on = _begun_on(data)
-        if begun_on not in (None, s1):
-            raise ConfigError(f"{folder} holds a run that was begun on Sentinel-1 as {begun_on}, and data.path "
-                              f"{config.data.path} has it as {s1}; set it to such data, or give this one another "
-                              f"run.name")
+        if begun_on not in (None, values):
+            raise ConfigError(f"{folder} holds a run that was begun on data with floats {_WORDS[str(begun_on)]}, and "
+                              f"data.path {config.data.path} has them {_WORDS[values]}; set it to such data, or give "
+                              f"this one another run.name")
     write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
-    write_text(data, json.dumps({"sentinel1": s1}) + "\n")
+    write_text(data, json.dumps({"values": values}) + "\n")
 
 
 def _seen_by_all(folder: Path) -> None:
@@ -114,7 +116,7 @@ def _seen_by_all(folder: Path) -> None:
 def _begun_on(path: Path) -> str | None:
     """None where the run does not say: it was killed as it began, or the file was damaged."""
     try:
-        return str(json.loads(path.read_text())["sentinel1"])
+        return str(json.loads(path.read_text())["values"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -8,7 +8,7 @@ import torch
 
 from engine.base.errors import ConfigError
 from engine.config import Config
-from engine.data.dataset import TILE, T
+from engine.data.dataset import Dataset
 from engine.data.plan import Sharding
 from engine.model.unet import BiomassUNet
 
@@ -26,14 +26,14 @@ class Need(NamedTuple):
         return self.fixed + chips * self.chip
 
 
-def memory_need(config: Config) -> Need:
+def memory_need(config: Config, data: Dataset) -> Need:
     """What autograd keeps of a forward pass, counted on the meta device, and the parameters with all that AdamW has.
 
     An estimate from above: compiled blocks and those that are computed again keep less.
     """
     with torch.device("meta"):
-        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels,
-                            tile=TILE).train()
+        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, data.channels,
+                            tile=data.tile).train()
     model.keep_less = False
     kept: dict[int, torch.Tensor] = {}
 
@@ -43,7 +43,7 @@ def memory_need(config: Config) -> Need:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        levels = model.encode(torch.empty(T, config.model.in_channels, TILE, TILE, device="meta"))
+        levels = model.encode(torch.empty(data.months, data.channels, data.tile, data.tile, device="meta"))
         model.decode([level[:1] for level in levels])
     chip = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return Need(PARAMETER_BYTES * sum(p.numel() for p in model.parameters()),
@@ -59,7 +59,7 @@ def device_memory(device: torch.device, local_world: int) -> int:
     return int(psutil.virtual_memory().total) // local_world
 
 
-def cut(config: Config, world: int, rank: int = 0, memory: int | None = None) -> Sharding:
+def cut(config: Config, data: Dataset, world: int, rank: int = 0, memory: int | None = None) -> Sharding:
     """The recipe's global batch over `world` ranks of `memory` bytes each (None: as much as it takes).
 
     Raises ConfigError where it cannot be cut evenly, or one chip does not fit.
@@ -73,7 +73,7 @@ def cut(config: Config, world: int, rank: int = 0, memory: int | None = None) ->
     if micro == "auto":
         if memory is None:
             return Sharding(share, 1, world, rank)
-        need = memory_need(config)
+        need = memory_need(config, data)
         fits = int((FILL * memory - need.fixed) // need.chip)
         if fits < 1:
             raise ConfigError(f"train.micro_batch: one chip needs {need.of(1) / 2**30:.1f} GiB (estimated) of a rank's "

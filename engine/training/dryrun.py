@@ -11,7 +11,7 @@ import yaml
 from engine.base.distributed import rank, world
 from engine.base.errors import DataError
 from engine.config import Config
-from engine.data.dataset import TILE
+from engine.data.dataset import load_dataset
 from engine.data.selection.chips import select_chips
 from engine.model.unet import BiomassUNet, parameter_counts
 from engine.training.cut import cut, explain, memory_need
@@ -29,23 +29,30 @@ def _lines(config: Config) -> Iterator[str]:
     yield "# recipe"
     yield yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True).rstrip()
     yield "\n# DeepSpeed"
-    sharding = cut(config, world(), rank())
+    data, problem = load_dataset(config.data.dataset), None
+    try:
+        train, validation = select_chips(config)
+        data = train[0].dataset
+    except DataError as error:
+        problem = error
+    sharding = cut(config, data, world(), rank())
     yield json.dumps(deepspeed_config(config, sharding), indent=2)
-    make_loss(config.loss.name, **config.loss.options)
+    make_loss(config.loss.name, data.target, **config.loss.options)
+    yield "\n# data"
+    yield (f"{data.name}: {', '.join(f'{s.name} ({len(s.bands)} bands)' for s in data.sensors)}, {data.months} steps, "
+           f"{data.tile} × {data.tile} pixels; predicts {data.target.name}, {data.target.unit}")
     with torch.device("meta"):
-        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, config.model.in_channels, tile=TILE)
+        model = BiomassUNet(config.model.backbone, config.model.decoder_channels, data.channels, tile=data.tile)
     counts = parameter_counts(model)
     yield "\n# parameters"
     yield "\n".join(f"{name:10} {count / 1e6:8.2f} M" for name, count in counts.items())
-    need = memory_need(config)
+    need = memory_need(config, data)
     yield (f"memory     {need.fixed / 2**30:.2f} GiB, and {need.chip / 2**30:.2f} GiB a chip of a micro-batch at most "
            f"(estimated)")
     yield "\n# steps"
     yield explain(sharding, config)
-    try:
-        train, validation = select_chips(config)
-    except DataError as error:
-        yield f"unknown, the data cannot be read: {error}"
+    if problem is not None:
+        yield f"unknown, the data cannot be read: {problem}"
         return
     total = 0
     for phase in config.phases:

@@ -1,10 +1,10 @@
-"""Training losses, all in t/ha, chosen by name in a recipe's `loss.name` with `loss.options`.
+"""Training losses, in the target's unit, chosen by name in a recipe's `loss.name` with `loss.options`.
 
 Each takes pred [B,1,H,W] and target [B,H,W] and returns a scalar, in float32 or better whatever autocast does.  Each
-can leave out pixels whose target is `ignore_above` or more: the labels have outliers to 12,900 t/ha, and the
-1st-place solution trained on `per_chip_rmse` without pixels of 400 t/ha and more.  A NaN in a label is not ignored:
-it makes the loss NaN, so that it is seen.  All have zero, not undefined, gradient where nothing is left or the error
-is exactly zero.
+can leave out pixels whose target is `ignore_above` or more, by default what the data set's description says: the labels
+of BioMassters have outliers to 12,900 t/ha, and the 1st-place solution trained without pixels of 400 t/ha and more.  A
+NaN in a label is not ignored: it makes the loss NaN, so that it is seen.  All have zero, not undefined, gradient where
+nothing is left or the error is exactly zero.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from engine.base.errors import ConfigError
-from engine.data.dataset import AGBM_IGNORE_ABOVE
+from engine.data.dataset import Target
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def per_chip_rmse(pred: Tensor, target: Tensor, ignore_above: float | None = AGBM_IGNORE_ABOVE) -> Tensor:
+def per_chip_rmse(pred: Tensor, target: Tensor, ignore_above: float | None = None) -> Tensor:
     """RMSE of each chip, averaged over the B chips of the batch.
 
     A chip with no pixel left counts as 0 in that average: so the mean over equal shards of a batch is the batch's.
-    With `ignore_above` null it is the leaderboard's metric.
+    With `ignore_above` null it is the challenge's metric.
     """
     error, valid = _errors(pred, target, ignore_above)
     return _sqrt(error.square().sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)).mean()
@@ -47,9 +47,9 @@ def mae(pred: Tensor, target: Tensor, ignore_above: float | None = None) -> Tens
 
 
 def huber(pred: Tensor, target: Tensor, delta: float = 25.0, ignore_above: float | None = None) -> Tensor:
-    """Huber's loss over all pixels: error² / 2 up to `delta` t/ha, delta · (|error| − delta / 2) beyond."""
+    """Huber's loss over all pixels: error² / 2 up to `delta`, delta · (|error| − delta / 2) beyond."""
     if not delta > 0:
-        raise ConfigError(f"loss.options.delta is {delta}: give a number of t/ha above 0")
+        raise ConfigError(f"loss.options.delta is {delta}: give a number above 0, in the unit of the target")
     error, valid = _errors(pred, target, ignore_above)
     size = error.abs()
     inner = size.clamp(max=delta)
@@ -70,15 +70,15 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def make_loss(name: str, **options: Any) -> Loss:
-    """The loss of that name with its options set.  Raises ConfigError, with the nearest known name."""
+def make_loss(name: str, target: Target, **options: Any) -> Loss:
+    """The loss of that name for `target`, with its options set.  Raises ConfigError, with the nearest known name."""
     if name not in LOSSES:
         raise ConfigError(f"loss.name: {_unknown(name, list(LOSSES))}")
     known = list(inspect.signature(LOSSES[name]).parameters)[2:]
     for option in options:
         if option not in known:
             raise ConfigError(f"loss.options of {name}: {_unknown(option, known)}")
-    loss = partial(LOSSES[name], **options)
+    loss = partial(LOSSES[name], **{"ignore_above": target.ignore_above, **options})
     try:
         loss(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1))
     except TypeError as error:

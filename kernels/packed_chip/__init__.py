@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kernels import native
 
-LANES = 16  # values of a pixel in the scratch tile, and the most bands that `images` takes
+LANES = 16  # values of a pixel in the scratch tile, and bands that `images` takes at once
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {"packed_images": [_P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P],
               "packed_label": [_P, _P, _I, _P, _P, _P, _P, _P]}
@@ -29,12 +29,13 @@ def _library() -> ctypes.CDLL:
 
 
 def images() -> Callable[..., int]:
-    """(blocks [months] addresses, sizes [months, bands, 2] uint32, months, slots, bands, side, fill [bands] uint16,
-    low [bands], scale [bands], matrix [3, 3] float32, address of LZ4_decompress_safe, planes [bands, 2, side²] uint8,
-    tile [side², LANES] uint16, out [slots, side, side, bands] float32) → −1, or month · 2 · bands + plane.
+    """(blocks [months, bands] addresses, sizes [months, bands, 2] uint32, months, slots, bands, side, meaning [bands, 3]
+    uint16, low [bands], scale [bands], matrix [3, 3] float32, address of LZ4_decompress_safe, planes [min(bands,
+    LANES), 2, side²] uint8, tile [side², LANES] uint16, out [slots, side, side, bands] float32) → −1, or month · 2 ·
+    bands + plane.
 
-    out = (code − low) · scale; code 0, and bands of which nothing is stored, count as `fill`.  Raises RuntimeError
-    where the kernel cannot be built.
+    out = (code − low) · scale.  `meaning`: a code, what it counts as, and what bands of which nothing is stored count as.
+    Raises RuntimeError where the kernel cannot be built.
     """
     return _library().packed_images  # type: ignore[no-any-return]
 

@@ -1,12 +1,12 @@
 // A chip of the packed form on a CPU, in one pass: LZ4 blocks → codes side by side → warp → scaled floats in the batch.
 //
-// A month's byte-planes are inflated into scratch that stays in the cache, merged to 16-bit codes and transposed, 16
+// A month's byte-planes, of up to 16 bands, are inflated into scratch that stays in the cache, merged to 16-bit codes and transposed, 16
 // pixels at a time, into a tile whose pixels are 16 codes: one vector each.  Every output pixel then is one such vector
 // (where it lies exactly on one: upright, flipped or turned tiles) or the bilinear mean of four, in codes, rounded as
 // an image operator of integers rounds; then scaled and written to its place.  The batch is written once, nothing else
 // of its size is touched, and all bands of a pixel share one set of coordinates.
 //
-// Legend: side × side pixels a tile, bands ≤ LANES.  A matrix [3, 3] maps output to input coordinates, in pixels with
+// Legend: side × side pixels a tile, a multiple of LANES; bands are taken LANES at a time.  A matrix [3, 3] maps output to input coordinates, in pixels with
 // the origin at the corner of the first; only its first two rows are read.
 
 #include <algorithm>
@@ -48,37 +48,34 @@ void transpose(Codes (&v)[LANES]) {
     }
 }
 
-// Byte-planes from blocks that lie end to end.  A value of which no byte is stored is left out.  −1, or the bad block.
-int inflate_all(const uint8_t* blocks, const uint32_t* sizes, int planes, int each, int64_t pixels, Inflate inflate,
-                uint8_t* to) {
-    for (int first = 0; first < planes; first += each) {
-        uint32_t stored = 0;
-        for (int i = first; i < first + each; i++) stored |= sizes[i];
-        for (int i = first; stored && i < first + each; i++) {
-            char* plane = reinterpret_cast<char*>(to + i * pixels);
-            int size = static_cast<int>(sizes[i]);
-            if (inflate(reinterpret_cast<const char*>(blocks), plane, size, static_cast<int>(pixels)) != pixels)
-                return i;
-            blocks += size;
-        }
+// A value's byte-planes, from blocks that lie end to end.  −1, or the bad block.
+int inflate_value(const uint8_t* blocks, const uint32_t* sizes, int planes, int64_t pixels, Inflate inflate,
+                  uint8_t* to) {
+    for (int i = 0; i < planes; i++) {
+        char* plane = reinterpret_cast<char*>(to + i * pixels);
+        int size = static_cast<int>(sizes[i]);
+        if (inflate(reinterpret_cast<const char*>(blocks), plane, size, static_cast<int>(pixels)) != pixels) return i;
+        blocks += size;
     }
     return -1;
 }
 
-// Planes [bands, 2, pixels] → tile [pixels, LANES]; code 0 and bands that are not stored become `fill`.
-void interleave(const uint8_t* planes, const uint32_t* sizes, const uint16_t* fill, int bands, int64_t pixels,
+// What codes mean, for each band: `mark` becomes `marked`, and a band that is not stored is `absent` everywhere.
+struct Meaning { uint16_t mark, marked, absent; };
+
+// Planes [bands, 2, pixels] → tile [pixels, LANES]
+void interleave(const uint8_t* planes, const uint32_t* sizes, const Meaning* meaning, int bands, int64_t pixels,
                 uint16_t* tile) {
     for (int64_t p = 0; p < pixels; p += LANES) {
         Codes v[LANES] = {};
         for (int b = 0; b < bands; b++) {
-            Codes other = Codes{} + fill[b];
             const uint8_t* low = planes + 2 * b * pixels + p;
             if (sizes[2 * b] | sizes[2 * b + 1]) {
                 Codes code = __builtin_convertvector(load<Bytes>(low), Codes)
                              | __builtin_convertvector(load<Bytes>(low + pixels), Codes) << 8;
-                v[b] = code == 0 ? other : code;
+                v[b] = code == meaning[b].mark ? Codes{} + meaning[b].marked : code;
             } else {
-                v[b] = other;
+                v[b] = Codes{} + meaning[b].absent;
             }
         }
         transpose(v);
@@ -134,33 +131,41 @@ Floats floats(const uint16_t* tile, int64_t pixel) {
 extern "C" {
 
 // Kept months into out [slots, side, side, bands] float32: (code − low) · scale, zeros after the last month.
-// `blocks` [months] and `sizes` [months, bands, 2] are the stored blocks and their bytes; `planes` [bands, 2, pixels]
-// and `tile` [pixels, LANES] are scratch.  Returns −1, or (month, plane) of a bad block as one number.
+// `blocks` [months, bands] is where the two planes of a band's month are stored, one after the other, and `sizes`
+// [months, bands, 2] their bytes; `planes` [min(bands, LANES), 2, pixels] and `tile` [pixels, LANES] are scratch.
+// Returns −1, or (month, plane) of a bad block as one number.
 int64_t packed_images(const uint8_t* const* blocks, const uint32_t* sizes, int64_t months, int64_t slots, int64_t bands,
-                      int64_t side, const uint16_t* fill, const float* low, const float* scale, const float* matrix,
+                      int64_t side, const Meaning* meaning, const float* low, const float* scale, const float* matrix,
                       Inflate inflate, uint8_t* planes, uint16_t* tile, float* out) {
     const int64_t pixels = side * side;
-    Floats zero = {}, factor = {};
-    for (int64_t b = 0; b < bands; b++) zero[b] = low[b], factor[b] = scale[b];
     for (int64_t m = 0; m < months; m++, out += pixels * bands) {
-        const uint32_t* size = sizes + m * 2 * bands;
-        int bad = inflate_all(blocks[m], size, static_cast<int>(2 * bands), 2, pixels, inflate, planes);
-        if (bad >= 0) return m * 2 * bands + bad;
-        interleave(planes, size, fill, static_cast<int>(bands), pixels, tile);
-        auto put = [&](int64_t pixel, Floats code) {
-            Floats v = (code - zero) * factor;
-            // A whole vector is quicker to store, and what it spills the next pixels overwrite; after the last there
-            // may lie another thread's chip.
-            if ((pixels - pixel) * bands >= LANES) std::memcpy(out + pixel * bands, &v, sizeof v);
-            else std::memcpy(out + pixel * bands, &v, bands * sizeof(float));
-        };
-        sample(matrix, side, [&](int64_t pixel, int64_t at) { put(pixel, floats(tile, at)); },
-               [&](int64_t pixel, const int64_t* at, const float* weight) {
-                   Floats mean = floats(tile, at[0]) * weight[0] + floats(tile, at[1]) * weight[1]
-                                 + floats(tile, at[2]) * weight[2] + floats(tile, at[3]) * weight[3];
-                   constexpr float whole = 12582912;  // 1.5 · 2²³: where floats are the integers
-                   put(pixel, (mean + whole) - whole);
-               });
+        for (int64_t first = 0; first < bands; first += LANES) {
+            const int64_t count = std::min<int64_t>(LANES, bands - first), start = m * bands + first;
+            for (int64_t b = 0; b < count; b++) {
+                const uint32_t* size = sizes + 2 * (start + b);
+                if (!(size[0] | size[1])) continue;
+                int bad = inflate_value(blocks[start + b], size, 2, pixels, inflate, planes + 2 * b * pixels);
+                if (bad >= 0) return 2 * (start + b) + bad;
+            }
+            interleave(planes, sizes + 2 * start, meaning + first, static_cast<int>(count), pixels, tile);
+            Floats zero = {}, factor = {};
+            for (int64_t b = 0; b < count; b++) zero[b] = low[first + b], factor[b] = scale[first + b];
+            auto put = [&](int64_t pixel, Floats code) {
+                Floats v = (code - zero) * factor;
+                float* to = out + pixel * bands + first;
+                // A whole vector is quicker to store, and what it spills the next pixels overwrite; after the last
+                // there may lie another thread's chip, and beside a group of bands the one before.
+                if (bands <= LANES && (pixels - pixel) * bands >= LANES) std::memcpy(to, &v, sizeof v);
+                else std::memcpy(to, &v, count * sizeof(float));
+            };
+            sample(matrix, side, [&](int64_t pixel, int64_t at) { put(pixel, floats(tile, at)); },
+                   [&](int64_t pixel, const int64_t* at, const float* weight) {
+                       Floats mean = floats(tile, at[0]) * weight[0] + floats(tile, at[1]) * weight[1]
+                                     + floats(tile, at[2]) * weight[2] + floats(tile, at[3]) * weight[3];
+                       constexpr float whole = 12582912;  // 1.5 · 2²³: where floats are the integers
+                       put(pixel, (mean + whole) - whole);
+                   });
+        }
     }
     std::memset(out, 0, (slots - months) * pixels * bands * sizeof(float));
     return -1;
@@ -171,7 +176,7 @@ int64_t packed_images(const uint8_t* const* blocks, const uint32_t* sizes, int64
 int64_t packed_label(const uint8_t* blocks, const uint32_t* sizes, int64_t side, const float* matrix, Inflate inflate,
                      uint8_t* planes, float* tile, float* out) {
     const int64_t pixels = side * side;
-    int bad = inflate_all(blocks, sizes, 4, 4, pixels, inflate, planes);
+    int bad = inflate_value(blocks, sizes, 4, pixels, inflate, planes);
     if (bad >= 0) return bad;
     for (int64_t p = 0; p < pixels; p++) {
         uint32_t bits = planes[p] | planes[pixels + p] << 8 | planes[2 * pixels + p] << 16

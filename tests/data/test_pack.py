@@ -20,7 +20,7 @@ from engine.data.dataset import S1, S2, SENSORS, TILE
 from engine.data.forms import open_source
 from engine.data.index import open_index
 from engine.data.selection import quarantine
-from engine.data.selection.chips import mean_biomass
+from engine.data.selection.chips import mean_label
 from engine.data.selection.folds import kfold
 from engine.data.store import chip_file
 from engine.data.store import pack as packing
@@ -45,7 +45,7 @@ def test_a_store_indexes_as_its_tree(tree: Path, stores: dict[bool, Path]) -> No
     assert [(c.id, c.split, c.months, c.label is None) for c in old.chips] == [
         (c.id, c.split, c.months, c.label is None) for c in new.chips]
     assert kfold([c.id for c in old.labelled()], 2) == kfold([c.id for c in new.labelled()], 2)
-    assert mean_biomass(old.labelled()) == mean_biomass(new.labelled())
+    assert mean_label(old.labelled()) == mean_label(new.labelled())
 
 
 def test_the_manifest_says_what_there_is(tree: Path, stores: dict[bool, Path]) -> None:

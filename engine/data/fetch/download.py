@@ -23,7 +23,7 @@ from pathlib import Path
 
 from engine.base.errors import ConfigError, DataError
 from engine.base.progress import Progress
-from engine.data.dataset import FEATURE_NAME, LABEL_NAME
+from engine.data.biomassters import BIOMASSTERS, FEATURE_NAMES, LABEL_NAME
 from engine.data.fetch.s3 import ByChip, Deliver, Remote
 from engine.data.index import FEATURE_CSVS, LABEL_CSVS, Published, read_metadata, verify
 from engine.data.store import chip_file, pack
@@ -43,7 +43,7 @@ def select(metadata: Path, region: str = "us", split: str = "all", chips: str | 
     where a chip is not in the CSV; ConfigError for an impossible number.
     """
     rows = list(read_metadata(metadata))
-    kinds = {bool(FEATURE_NAME.match(row.path.name)) for row in rows}
+    kinds = {any(name.fullmatch(row.path.name) for name in FEATURE_NAMES) for row in rows}
     for kind, name in ((True, "features_metadata.csv"), (False, "train_agbm_metadata.csv")):
         if kind not in kinds and (kind or split != "test"):
             raise DataError(f"{metadata}: no {name} here; it is on {DATA_PAGE} (free account); put it there")
@@ -66,7 +66,8 @@ def _remote(row: Published, region: str) -> Remote:
         raise DataError(f"{name}: the metadata CSV has no s3path_{region} (it has: {others}); give --region one of "
                         f"these, or get the CSV from {DATA_PAGE}")
     url = row.url[region]
-    place, match = _PLACE.fullmatch(url), FEATURE_NAME.match(name) or LABEL_NAME.match(name)
+    place = _PLACE.fullmatch(url)
+    match = next(filter(None, (known.fullmatch(name) for known in (*FEATURE_NAMES, LABEL_NAME))), None)
     if not place or not match or place["name"] != name:
         raise DataError(f"{name}: its place {url!r} is not s3://BUCKET/FOLDER/{name} with FOLDER one of "
                         f"{', '.join(FOLDERS)}; get the CSV from {DATA_PAGE}")
@@ -132,14 +133,14 @@ class Store:
     """A packed store (engine.data.store.pack): chips are packed as they arrive, the TIFFs never lie on the disk."""
 
     def __init__(self, out: Path, lossless: bool):
-        self.out, self._s1 = out, chip_file.EXACT if lossless else chip_file.STEPS
+        self.out, self._values = out, chip_file.EXACT if lossless else chip_file.STEPS
 
     def missing(self, files: list[Remote], workers: int, progress: Callable[[int], None]) -> list[Remote]:
         """The files of all chips that are not packed from them, whole; reads the ones that are.  `progress(1)` a file.
 
         Raises DataError where `out` is something else than a store, or one of other settings.
         """
-        pack.check_settings(self.out, self._s1)
+        pack.check_settings(self.out, BIOMASSTERS, self._values)
         chips = [list(group) for _, group in groupby(files, key=lambda file: file.chip)]
         todo: list[Remote] = []
         with ThreadPoolExecutor(workers) as pool:
@@ -164,7 +165,7 @@ class Store:
 
     def room(self, files: Iterable[Remote]) -> int:
         """Bytes that the chips of `files` take on the disk at most."""
-        return int(pack.SHARE[self._s1] * sum(file.expected for file in files))
+        return int(pack.SHARE[self._values] * sum(file.expected for file in files))
 
     def deliver(self, files: Iterable[Remote]) -> Deliver:
         files = list(files)
@@ -172,7 +173,7 @@ class Store:
         if files:
             (self.out / chip_file.MANIFEST).unlink(missing_ok=True)  # from here on the store is unfinished
         return ByChip(files, lambda chip, data: pack.write_chip(
-            self._path(chip), pack.encode_chip(chip, splits[chip], data, self._s1)))
+            self._path(chip), pack.encode_chip(chip, splits[chip], BIOMASSTERS, data, self._values)))
 
     def sweep(self) -> None:
         """Remove what a killed download left half-written."""
@@ -180,7 +181,7 @@ class Store:
 
     def finish(self) -> None:
         """Write the manifest, of all chips that the store holds."""
-        pack.write_manifest(self.out, self._s1)
+        pack.write_manifest(self.out, BIOMASSTERS, self._values)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.base.errors import ConfigError, DataError, EngineError
-from engine.data.dataset import AGBM_DTYPE, FEATURE_NAME, SENSORS, TILE
+from engine.data.biomassters import BIOMASSTERS, FEATURE_NAMES
+from engine.data.dataset import LABEL_DTYPE
 from engine.data.index import Problem
 from engine.data.tiff.checksum import posix_cksum
 
@@ -40,7 +41,7 @@ _NETWORK = (NoConnectionError, HTTPClientError, IncompleteReadError, HTTPError)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before a retry; doubled each time
 MOST_PROBLEMS = 100  # a wrong bucket or region would otherwise report 250,000
-_PIXEL_BYTES = {s.name: TILE * TILE * len(s.bands) * s.dtype.itemsize for s in SENSORS}
+_BANDS_BYTES = [len(sensor.bands) * sensor.values.itemsize for sensor in BIOMASSTERS.sensors]
 _TRY_AGAIN = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "InternalError"}  # error codes of S3
 
 
@@ -64,8 +65,9 @@ class Remote(NamedTuple):
         """The published size, or that of the pixels where the CSV has none."""
         if self.size is not None:
             return self.size
-        match = FEATURE_NAME.match(self.name)
-        return _PIXEL_BYTES[match["sensor"]] if match else TILE * TILE * AGBM_DTYPE.itemsize
+        pixel = next((size for name, size in zip(FEATURE_NAMES, _BANDS_BYTES) if name.fullmatch(self.name)),
+                     LABEL_DTYPE.itemsize)
+        return pixel * BIOMASSTERS.tile ** 2
 
 
 Deliver = Callable[[Remote, bytes | None], None]  # None: this file could not be had

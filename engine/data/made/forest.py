@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.dataset import S1, S2, TILE
+from engine.data.biomassters import S1, S2, TILE
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def draw_s1(seed: int, number: int, month: int, stand: Stand) -> np.ndarray:
         power = expected_s1(stand, month, moisture) * _power(calibration)
         speckle = rng.standard_gamma(P.s1_looks, power.shape, dtype=np.float32) / np.float32(P.s1_looks)
         passes.append(10 * np.log10(power * speckle))
-    return np.concatenate(passes, -1).astype(S1.dtype)
+    return np.concatenate(passes, -1).astype(S1.values)
 
 
 def draw_s2(seed: int, number: int, month: int, stand: Stand, shares: np.ndarray) -> np.ndarray:
@@ -273,4 +273,4 @@ def draw_s2(seed: int, number: int, month: int, stand: Stand, shares: np.ndarray
     if rng.random() < P.clp_noise:
         top, bottom = np.sort(rng.integers(0, TILE + 1, 2))
         clp[top:bottom] = 255
-    return np.clip(np.rint(image, out=image), 0, S2.high, out=image).astype(S2.dtype)
+    return np.clip(np.rint(image, out=image), 0, np.array(S2.high, np.float32), out=image).astype(S2.values)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.base.errors import ConfigError, DataError
-from engine.data.dataset import AGBM_IGNORE_ABOVE, MONTHS, S1, S1_NODATA, S2, T, feature_name, label_name
+from engine.data.biomassters import AGBM_IGNORE_ABOVE, BIOMASSTERS, MONTHS, S1_NODATA, SENSORS, T
 from engine.data.made import forest as forest
 from engine.data.tiff.checksum import posix_cksum
 from engine.data.tiff.tiff import encode, write_bytes
@@ -156,25 +156,26 @@ def _make_chip(out: Path, seed: int, number: int, split: str) -> Made:
     chip, plan, stand = chip_id(seed, number), plan_chip(seed, number, split), forest.draw_stand(seed, number)
     shares = forest.mixing(stand)
     rows = []
-    for sensor in (S1, S2):
+    label_name = BIOMASSTERS.label_name(chip)
+    for number_of, sensor in enumerate(SENSORS):
         for month in range(T):
-            if sensor is S1:
+            if sensor.name == "S1":
                 image = forest.draw_s1(seed, number, month, stand)
                 image[..., np.repeat(~plan.s1[month], 2)] = S1_NODATA
             elif plan.s2[month]:
                 image = forest.draw_s2(seed, number, month, stand, shares)
             else:
                 continue
-            name = feature_name(chip, sensor, month)
+            name = BIOMASSTERS.feature_name(chip, number_of, month)
             file = _put(out, f"{split}_features", name, image)
             rows.append({"filename": name, "chip_id": chip, "satellite": sensor.name, "split": split,
-                         "month": MONTHS[month], **file, "corresponding_agbm": label_name(chip)})
+                         "month": MONTHS[month], **file, "corresponding_agbm": label_name})
     if split == "test":
         return Made(rows, None, {})
     label = forest.draw_label(seed, number, stand)
-    file = _put(out, "train_agbm", label_name(chip), label)
+    file = _put(out, "train_agbm", label_name, label)
     scores = {key: _score(stand.biomass, label, below) for key, below in _ways().items()}
-    return Made(rows, {"filename": label_name(chip), "chip_id": chip, **file}, scores)
+    return Made(rows, {"filename": label_name, "chip_id": chip, **file}, scores)
 
 
 def _put(out: Path, folder: str, name: str, image: np.ndarray) -> dict[str, Any]:

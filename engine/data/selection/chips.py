@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.base.errors import ConfigError, DataError
 from engine.config import Config
-from engine.data.dataset import label_name
+from engine.data.dataset import load_dataset
 from engine.data.forms import read_label
 from engine.data.index import Chip, is_store, open_index, verify
 from engine.data.selection.folds import kfold, load_folds, stratified
@@ -15,7 +15,7 @@ from engine.data.store.pack import verify_store
 
 def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
     """(training, validation) chips of a recipe.  Raises DataError where a chip has no label or does not exist."""
-    index = open_index(config.data.path)
+    index = open_index(config.data.path, load_dataset(config.data.dataset))
     if config.data.verify:
         stored = is_store(index.root)
         problems = verify_store(index.root) if stored else verify(index.files)
@@ -30,11 +30,13 @@ def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
             raise DataError(f"data.chips: {', '.join(unknown[:5])} not among the {len(chips)} chips of {index.root}")
         chips = {chip: chips[chip] for chip in sorted(set(config.data.chips))}
     if not chips:
-        raise DataError(f"{index.root}: no training chips; expected train_features/ and train_agbm/")
+        folders = index.dataset.folders
+        raise DataError(f"{index.root}: no training chips; expected {folders.train}/ and {folders.target}/")
     for chip in chips.values():
         if chip.label is None:
-            raise DataError(f"chip {chip.id} has no label: {label_name(chip.id)} is missing in "
-                            f"{chip.folder.parent / 'train_agbm'}; download it, or leave the chip out with data.chips")
+            folder = chip.folder.parent / index.dataset.folders.target
+            raise DataError(f"chip {chip.id} has no label: {index.dataset.label_name(chip.id)} is missing in {folder}; "
+                            f"download it, or leave the chip out with data.chips")
     if config.data.overfit:
         return list(chips.values()), list(chips.values())
     held_out = set(_folds(config, chips)[config.data.split.fold])
@@ -47,8 +49,8 @@ def _folds(config: Config, chips: dict[str, Chip]) -> list[list[str]]:
     if split.scheme == "kfold":
         return kfold(list(chips), split.folds, split.seed)
     if split.scheme == "stratified":
-        return stratified(list(chips), {c.id: [not have for have in c.months[1]] for c in chips.values()},
-                          mean_biomass(list(chips.values())), split.folds, split.seed)
+        return stratified(list(chips), missing_images(list(chips.values())), mean_label(list(chips.values())),
+                          split.folds, split.seed)
     assert split.path is not None
     folds = load_folds(split.path)
     if split.fold >= len(folds):
@@ -60,6 +62,14 @@ def _folds(config: Config, chips: dict[str, Chip]) -> list[list[str]]:
     return folds
 
 
-def mean_biomass(chips: list[Chip]) -> dict[str, float]:
-    """Mean label of each chip, t/ha, read from the files."""
+def missing_images(chips: list[Chip]) -> dict[str, list[bool]]:
+    """Which images each chip lacks, of the sensor that lacks most over all: what `stratified` balances."""
+    lacking = [sum(not have for chip in chips for have in chip.months[number])
+               for number in range(len(chips[0].months))]
+    most = lacking.index(max(lacking))
+    return {chip.id: [not have for have in chip.months[most]] for chip in chips}
+
+
+def mean_label(chips: list[Chip]) -> dict[str, float]:
+    """Mean label of each chip, in the target's unit, read from the files."""
     return {chip.id: float(read_label(chip).mean(dtype=np.float64)) for chip in chips}

@@ -16,7 +16,6 @@ from engine.base.distributed import of_all, rank, world
 from engine.base.errors import DataError
 from engine.base.files import write_text
 from engine.base.progress import Progress
-from engine.data.dataset import SENSORS, T
 from engine.data.forms import open_source
 from engine.data.index import Chip, open_index, verify
 from engine.data.store import chip_file
@@ -38,9 +37,7 @@ def find(path: Path | str, chips: Sequence[Chip], nodata_months: str, workers: i
             if chip.packed is not None:
                 chip_file.verify_file(chip.packed)
             else:
-                files = [chip.path(s, t) for s in range(len(SENSORS)) for t in range(T) if chip.months[s][t]]
-                files += [chip.label] if chip.label is not None else []
-                for problem in verify((published[file] for file in files if file in published), workers=1):
+                for problem in verify((published[file] for file in chip.files if file in published), workers=1):
                     return f"{problem.path}: {problem.what}"
             source.stack(chip)
         except DataError as error:

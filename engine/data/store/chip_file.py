@@ -1,19 +1,24 @@
 """One packed chip as a file: a safetensors container that holds LZ4 blocks.  docs/packed-format.md is its description.
 
-A block inflates to 64 KiB: one byte-plane of one band-month.  Blocks lie end to end, the label's first, then month by
-month, so that the kept months of a chip can be read without the others.  A month without a file takes no blocks, and
-neither does a Sentinel-1 band in which a month has no value at all.  Everything before the blocks (the head) is
-covered by one CRC-32, the label's blocks and each month's by one each, and the head says how long the file is: no bit
-can flip, and no byte be lost, unseen.
+A block inflates to tile × tile bytes: one byte-plane of one band of one image.  Blocks lie end to end, the label's
+first, then those of images that stand for all steps, then step by step, so that the kept steps of a chip can be read
+without the others.  A step without a file takes no blocks, and neither does a band that is nodata everywhere.
+Everything before the blocks (the head) is covered by one CRC-32, each section of blocks by one each, and the head says
+how long the file is: no bit can flip, and no byte be lost, unseen.  What the values are, the head says too: it holds
+the description of the data set.
+
+Values are stored as 16-bit codes, or, where a sensor has floats and nothing of them is to be lost, as float32.
 
 `engine.data.store.pack` writes these files for a whole tree, `engine.data.store.source` reads them for the loader.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -24,28 +29,49 @@ import lz4.block
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.data.dataset import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, T
+from engine.data.dataset import LABEL_DTYPE, Dataset, Sensor, parse_dataset
 
-FORMAT, VERSION = "biomass-chip", 1
+FORMAT, VERSION = "biomass-chip", 2
 SUFFIX = ".safetensors"
-PLANE = TILE * TILE  # bytes of an inflated block
-LABEL_PLANES = AGBM_DTYPE.itemsize
+LABEL_PLANES = LABEL_DTYPE.itemsize
 LEVEL = 9  # of LZ4-HC: 12 takes three times as long for 2 % less (docs/packed-format.md)
 MANIFEST, CHIPS = "manifest.json", "chips"  # of a store: the file that is written last, the folder of the packed files
 REMEDY = "pack the chip again (`launch/prepare.py pack` with the file removed) or copy it from where it is whole"
+STEPS, EXACT = "steps", "exact"  # how floats are stored: in whole steps of `packed_step`, or as they are
 
-# Sentinel-1 in whole steps of 0.01 dB: code 0 is nodata, CODE_ZERO is 0 dB
-CODE_STEP, CODE_ZERO, CODE_NODATA = 0.01, 32768, 0
-CODE_LOW = np.rint(S1.low / CODE_STEP).astype(np.int64) + CODE_ZERO  # [4]: the codes of `S1.low`, exact
-CODES_LOW = np.concatenate([CODE_LOW, S2.low])  # [C]: of all bands as they lie in codes, what becomes 0 when scaled,
-CODES_SPAN = np.concatenate([(S1.high - S1.low) / CODE_STEP, S2.high - S2.low])  # and what is divided by then
-STEPS, EXACT = "0.01 dB", "float32"  # how Sentinel-1 is stored
-
-_LABEL_SECTION, _HEAD_CRC = 0, T + 1  # places in the table of checksums; 1..T are the months
-_LARGEST_BLOCK = PLANE + PLANE // 255 + 16  # LZ4_compressBound
+LABEL, STATIC, FIRST_STEP = 0, 1, 2  # sections of blocks, in their order
 _LONGEST_HEADER = 1 << 20
 _FIRST_READ = 1 << 14  # bytes; holds the head of nearly every chip
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U32": np.dtype("<u4")}
+
+
+class Planes(NamedTuple):
+    """The byte-planes of a data set's images, in the order of the model's channels: bands, low bytes first."""
+
+    sensor: np.ndarray  # [n] int64: of each plane, which sensor
+    band: np.ndarray  # [n] int64: and channel
+    byte: np.ndarray  # [n] int64: and byte of the value
+    static: np.ndarray  # [n] bool
+    bytes: tuple[int, ...]  # of each sensor, that a value takes
+
+
+@functools.lru_cache(maxsize=64)
+def planes_of(dataset: Dataset, values: str) -> Planes:
+    """How images are stored where floats are kept as `values` (STEPS or EXACT)."""
+    rows, sizes, channel = [], [], 0
+    for number, sensor in enumerate(dataset.sensors):
+        size = 2 if is_coded(sensor, values) else 4
+        sizes.append(size)
+        for _ in sensor.bands:
+            rows += [(number, channel, byte, sensor.static) for byte in range(size)]
+            channel += 1
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    return Planes(table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool), tuple(sizes))
+
+
+def is_coded(sensor: Sensor, values: str) -> bool:
+    """Whether `sensor` is stored in 16-bit codes."""
+    return sensor.coded and not (values == EXACT and sensor.dtype == "float32")
 
 
 class Head(NamedTuple):
@@ -53,97 +79,98 @@ class Head(NamedTuple):
 
     chip: str
     split: str
-    s1: str  # STEPS or EXACT
+    dataset: Dataset
+    values: str  # STEPS or EXACT
     sources: dict[str, tuple[int, int]]  # file name -> (size, POSIX cksum) of the TIFFs it was made from
-    label: dict[str, float] | None  # min, max, mean, std of the label, t/ha
-    months: np.ndarray  # [len(SENSORS), T] bool: there was a file
-    nodata: np.ndarray  # [T, 4] uint8: 0 no pixel of the band is nodata, 1 some are, 2 all (then without blocks)
-    sizes: np.ndarray  # [T, planes] uint32: bytes of each block, 0 for none; Sentinel-1 first, low bytes first
+    label: dict[str, float] | None  # min, max, mean, std of the label, in the target's unit
+    months: np.ndarray  # [sensors, T] bool: there was a file
+    nodata: np.ndarray  # [T, C] uint8: 0 no pixel of the band is nodata, 1 some are, 2 all (then without blocks)
+    sizes: np.ndarray  # [T, planes] uint32: bytes of each block, 0 for none; those of static sensors in all rows alike
     label_sizes: np.ndarray  # [LABEL_PLANES] uint32
-    crc: np.ndarray  # [T + 2] uint32: label, months, head
+    crc: np.ndarray  # [T + 3] uint32: sections, head
     start: int  # of the first block
     end: int  # of the file
 
     @property
-    def s1_planes(self) -> int:
-        return s1_planes(self.s1)
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """[T, planes] int64: where each block begins in the file."""
-        ends = np.cumsum(self.sizes, dtype=np.int64).reshape(self.sizes.shape)
-        return self.start + int(self.label_sizes.sum()) + ends - self.sizes
+    def planes(self) -> Planes:
+        return planes_of(self.dataset, self.values)
 
     def section(self, number: int) -> tuple[int, int]:
-        """(first byte, size) of a section: 0 the label, 1 + t month t."""
-        label = int(self.label_sizes.sum())
-        if number == _LABEL_SECTION:
+        """(first byte, size) of a section: LABEL, STATIC, or FIRST_STEP + t."""
+        label, static = int(self.label_sizes.sum()), self.planes.static
+        if number == LABEL:
             return self.start, label
-        month = number - 1
-        return self.start + label + int(self.sizes[:month].sum()), int(self.sizes[month].sum())
+        still = int(self.sizes[0, static].sum())
+        if number == STATIC:
+            return self.start + label, still
+        step, moving = number - FIRST_STEP, self.sizes[:, ~static]
+        return self.start + label + still + int(moving[:step].sum()), int(moving[step].sum())
 
 
 class Arrays(NamedTuple):
-    """A chip's content, all twelve months; where `Head.months` has no file, the values are ignored."""
+    """A chip's content, all steps; where `Head.months` has no file, the values are ignored."""
 
-    s1: np.ndarray  # [T, H, W, 4] float32, dB, S1_NODATA where there is nothing
-    s2: np.ndarray  # [T, H, W, 11] uint16
-    label: np.ndarray | None  # [H, W] float32, t/ha
-
-
-def s1_planes(s1: str) -> int:
-    """Bytes a Sentinel-1 value takes."""
-    return {STEPS: 2, EXACT: 4}[s1]
+    images: tuple[np.ndarray, ...]  # of each sensor [T, tile, tile, bands] as in its files; [1, …] where it is static
+    label: np.ndarray | None  # [tile, tile] float32
 
 
-def s1_codes(db: np.ndarray) -> np.ndarray:
-    """dB float32 (S1_NODATA for nothing) → uint16 codes.  Raises DataError for values that have none."""
-    nodata = db == S1_NODATA
-    steps = np.rint(np.where(nodata, 0, db).astype(np.float64) / CODE_STEP) + CODE_ZERO
-    if not (steps.min() > CODE_NODATA and steps.max() < 1 << 16):  # NaN fails too
-        limit = (CODE_ZERO - 1) * CODE_STEP
-        raise DataError(f"holds NaN or values beyond ±{limit:.2f} dB, which steps of {CODE_STEP} dB do not reach; "
-                        f"download the file again, or pack with --lossless")
-    return np.where(nodata, CODE_NODATA, steps).astype(np.uint16)
+def codes(values: np.ndarray, sensor: Sensor) -> np.ndarray:
+    """Values of `sensor` → uint16 codes.  Raises DataError for floats that have none."""
+    if sensor.dtype != "float32":
+        return (values.astype(np.int32) + sensor.code_zero).astype(np.uint16)
+    assert sensor.packed_step is not None
+    step, zero = sensor.packed_step, sensor.code_zero
+    nodata = values == np.float32(sensor.nodata) if sensor.nodata is not None else np.zeros(values.shape, bool)
+    found = np.rint(np.where(nodata, 0, values).astype(np.float64) / step) + zero
+    if not (found.min() > 0 and found.max() < 1 << 16):  # NaN fails too
+        unit = f" {sensor.unit}" if sensor.unit else ""
+        raise DataError(f"holds NaN or values beyond ±{(zero - 1) * step:.2f}{unit}, which steps of {step:g}{unit} do "
+                        f"not reach; download the file again, or pack with --lossless")
+    return np.where(nodata, 0, found).astype(np.uint16)
 
 
-def s1_db(codes: np.ndarray) -> np.ndarray:
-    """The inverse of `s1_codes`, to half a step: float32 dB, S1_NODATA for nothing."""
-    db = ((codes.astype(np.int32) - CODE_ZERO) / (1 / CODE_STEP)).astype(np.float32)
-    db[codes == CODE_NODATA] = S1_NODATA
-    return db
+def decoded(found: np.ndarray, sensor: Sensor) -> np.ndarray:
+    """The inverse of `codes`, to half a step: in the dtype of the sensor's files."""
+    if sensor.packed_step is None:
+        return (found.astype(np.int32) - sensor.code_zero).astype(sensor.values)
+    values = ((found.astype(np.int32) - sensor.code_zero) / (1 / sensor.packed_step)).astype(np.float32)
+    if sensor.nodata is not None:
+        values[found == sensor.code_nodata] = sensor.nodata
+    return values
 
 
 # Writing -------------------------------------------------------------------------------------------------------
 
 
-def encode(chip: str, split: str, arrays: Arrays, months: np.ndarray, s1: str,
+def encode(chip: str, split: str, dataset: Dataset, arrays: Arrays, months: np.ndarray, values: str,
            sources: Mapping[str, tuple[int, int]]) -> bytes:
     """The packed file of a chip.  The same input gives the same bytes.
 
-    `months` [len(SENSORS), T] bool says which files exist.  Raises DataError (without naming a file) for NaN, and
-    for Sentinel-1 values out of the reach of `s1` STEPS.
+    `months` [sensors, T] bool says which files exist.  Raises DataError (without naming a file) for NaN, and for floats
+    out of the reach of `values` STEPS.
     """
-    planes = s1_planes(s1)
-    sizes = np.zeros((T, planes * len(S1.bands) + 2 * len(S2.bands)), "<u4")
-    nodata = np.zeros((T, len(S1.bands)), np.uint8)
-    sections: list[bytes] = []
-    for t in range(T):
-        blocks: list[bytes] = []
-        if months[0, t]:
-            nodata[t] = _nodata(arrays.s1[t])
-            values = s1_codes(arrays.s1[t]) if s1 == STEPS else _finite(arrays.s1[t])
-            for band in range(len(S1.bands)):
-                blocks += [b""] * planes if nodata[t, band] == 2 else _planes(values[..., band])
-        else:
-            nodata[t] = 2
-            blocks += [b""] * (planes * len(S1.bands))
-        for band in range(len(S2.bands)):
-            blocks += _planes(arrays.s2[t, ..., band]) if months[1, t] else [b""] * 2
-        sizes[t] = [len(block) for block in blocks]
-        sections.append(b"".join(blocks))
+    planes = planes_of(dataset, values)
+    sizes = np.zeros((dataset.months, len(planes.band)), "<u4")
+    nodata = np.zeros((dataset.months, dataset.channels), np.uint8)
+    sections: list[bytes] = [b"", b""]
+    for t in range(dataset.months):
+        section: list[bytes] = []
+        for number, sensor in enumerate(dataset.sensors):
+            if sensor.static and t:
+                continue
+            there, at = bool(months[number, t]), np.flatnonzero(planes.sensor == number)
+            marks, blocks = _image(arrays.images[number][0 if sensor.static else t] if there else None, dataset, sensor,
+                                   values)
+            rows = slice(None) if sensor.static else t
+            nodata[rows, np.unique(planes.band[at])] = marks
+            sizes[rows, at] = [len(block) for block in blocks]
+            if sensor.static:
+                sections[STATIC] += b"".join(blocks)
+            else:
+                section += blocks
+        sections.append(b"".join(section))
     label = _planes(_finite(arrays.label)) if arrays.label is not None else [b""] * LABEL_PLANES
-    sections.insert(_LABEL_SECTION, b"".join(label))
+    sections[LABEL] = b"".join(label)
     tables = {
         "months": months.astype(np.uint8),
         "nodata": nodata,
@@ -151,7 +178,8 @@ def encode(chip: str, split: str, arrays: Arrays, months: np.ndarray, s1: str,
         "label": np.array([len(block) for block in label], "<u4"),
         "crc32": np.array([*(zlib.crc32(section) for section in sections), 0], "<u4"),
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "chip": chip, "split": split, "s1": s1,
+    metadata = {"format": FORMAT, "version": str(VERSION), "chip": chip, "split": split, "values": values,
+                "dataset": _json(dataset.dump()),
                 "sources": _json({name: list(sources[name]) for name in sorted(sources)}),
                 "label": _json(_statistics(arrays.label))}
     head = _header(metadata, tables, sum(map(len, sections)))
@@ -159,9 +187,25 @@ def encode(chip: str, split: str, arrays: Arrays, months: np.ndarray, s1: str,
     return head + struct.pack("<I", zlib.crc32(head)) + b"".join(sections)
 
 
-def _nodata(s1: np.ndarray) -> np.ndarray:
-    """[4]: no, some or all pixels of each band of [H, W, 4] are nodata."""
-    mask = s1 == S1_NODATA
+def _image(image: np.ndarray | None, dataset: Dataset, sensor: Sensor, values: str) -> tuple[np.ndarray, list[bytes]]:
+    """`Head.nodata` [bands] and blocks of an image [tile, tile, bands], or of none."""
+    coded = is_coded(sensor, values)
+    size = 2 if coded else sensor.values.itemsize
+    if image is None:
+        return np.full(len(sensor.bands), 2, np.uint8), [b""] * (size * len(sensor.bands))
+    marks = _nodata(image, sensor)
+    stored = codes(image, sensor) if coded else _finite(image)
+    blocks: list[bytes] = []
+    for band in range(len(sensor.bands)):
+        blocks += [b""] * size if marks[band] == 2 else _planes(stored[..., band])
+    return marks, blocks
+
+
+def _nodata(image: np.ndarray, sensor: Sensor) -> np.ndarray:
+    """[bands] uint8: no, some or all pixels of each band of [H, W, bands] are nodata."""
+    if sensor.nodata is None:
+        return np.zeros(len(sensor.bands), np.uint8)
+    mask = image == image.dtype.type(sensor.nodata)
     return mask.any((0, 1)).astype(np.uint8) + mask.all((0, 1))
 
 
@@ -173,7 +217,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def _planes(values: np.ndarray) -> list[bytes]:
     """[H, W] → the LZ4 block of each byte-plane, the lowest byte first."""
-    planes = np.ascontiguousarray(values).view(np.uint8).reshape(PLANE, -1).T
+    planes = np.ascontiguousarray(values).view(np.uint8).reshape(values.size, -1).T
     return [lz4.block.compress(plane.tobytes(), mode="high_compression", compression=LEVEL, store_size=False)
             for plane in planes]
 
@@ -238,8 +282,7 @@ def head_of(descriptor: int, path: Path | str) -> Head:
         (length,) = struct.unpack("<Q", data[:8])
         if length > _LONGEST_HEADER:
             raise DataError("is damaged, or no packed chip (its header has no end)")
-        # Tables of the lossless form, the longer one
-        most = 8 + length + (len(SENSORS) + len(S1.bands)) * T + 4 * (38 * T + LABEL_PLANES + T + 2)
+        most = 8 + length + _tables(data[8:8 + length])
         if len(data) < most:
             data = os.pread(descriptor, most, 0)
         return _parse(data, length, size)
@@ -247,6 +290,12 @@ def head_of(descriptor: int, path: Path | str) -> Head:
         raise DataError(f"{path}: {error}; {REMEDY}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, then {REMEDY}") from None
+
+
+def _tables(header: bytes) -> int:
+    """Bytes between the header and the blocks, where it says so: what is read ahead and not trusted."""
+    match = re.search(rb'"crc32":\{"dtype":"U32","shape":\[\d+\],"data_offsets":\[\d+,(\d{1,9})\]', header)
+    return min(int(match[1]), _LONGEST_HEADER) if match else 0
 
 
 def _parse(data: bytes, length: int, size: int) -> Head:
@@ -261,36 +310,46 @@ def _parse(data: bytes, length: int, size: int) -> Head:
                         f"it, or pack the TIFFs anew")
     start = 8 + length
     try:
-        first, end = header["crc32"]["data_offsets"]
-        if header["blocks"]["data_offsets"][0] != end or end - first != 4 * (T + 2):
+        _, end = header["crc32"]["data_offsets"]
+        if header["blocks"]["data_offsets"][0] != end:
             raise DataError("is damaged (its tables do not meet)")
         head_end = start + end
         (expected,) = struct.unpack("<I", data[head_end - 4:head_end])
         if zlib.crc32(data[:head_end - 4]) != expected:
             raise DataError("is damaged (the checksum of its head differs)")
         # From here on the bytes are those that were written; what follows catches other programs' files.
-        tables = {name: _table(data, start, header[name]) for name in ("months", "nodata", "sizes", "label", "crc32")}
-        s1 = metadata["s1"]
-        shapes = {"months": (len(SENSORS), T), "nodata": (T, len(S1.bands)), "label": (LABEL_PLANES,),
-                  "sizes": (T, s1_planes(s1) * len(S1.bands) + 2 * len(S2.bands)), "crc32": (T + 2,)}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise DataError("is no packed chip (its metadata are not texts)")
-        if found != FORMAT or any(tables[name].shape != shape for name, shape in shapes.items()):
+        dataset, values = _dataset(metadata["dataset"]), metadata["values"]
+        tables = {name: _table(data, start, header[name]) for name in ("months", "nodata", "sizes", "label", "crc32")}
+        steps, planes = dataset.months, len(planes_of(dataset, values).band)
+        shapes = {"months": (len(dataset.sensors), steps), "nodata": (steps, dataset.channels),
+                  "label": (LABEL_PLANES,), "sizes": (steps, planes), "crc32": (steps + 3,)}
+        if found != FORMAT or values not in (STEPS, EXACT) or any(
+                tables[name].shape != shape for name, shape in shapes.items()):
             raise DataError(f"is no packed chip (format {found!r})")
-        blocks = int(tables["sizes"].sum()) + int(tables["label"].sum())
+        static = planes_of(dataset, values).static
+        blocks = int(tables["sizes"][:, ~static].sum()) + int(tables["sizes"][0, static].sum())
+        blocks += int(tables["label"].sum())
         if header != json.loads(_header(metadata, tables, blocks)[8:]):
             raise DataError("is no packed chip (its tables lie elsewhere)")
         sources = {name: (int(n), int(cksum)) for name, (n, cksum) in json.loads(metadata["sources"]).items()}
-        head = Head(metadata["chip"], metadata["split"], s1, sources, json.loads(metadata["label"]),
+        head = Head(metadata["chip"], metadata["split"], dataset, values, sources, json.loads(metadata["label"]),
                     tables["months"].astype(bool), tables["nodata"], tables["sizes"], tables["label"],
                     tables["crc32"], head_end, head_end + blocks)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, struct.error):
         raise DataError("is damaged, or no packed chip (its header does not fit its tables)") from None
-    if max(head.sizes.max(), head.label_sizes.max()) > _LARGEST_BLOCK:
+    plane = dataset.tile ** 2
+    if max(head.sizes.max(), head.label_sizes.max()) > plane + plane // 255 + 16:  # LZ4_compressBound
         raise DataError("is damaged (a block is larger than any can be)")
     if head.end != size:
         raise DataError(f"is truncated or has grown: {size} bytes, {head.end} were written")
     return head
+
+
+@functools.lru_cache(maxsize=8)
+def _dataset(text: str) -> Dataset:
+    return parse_dataset(json.loads(text), "its description")
 
 
 def _table(data: bytes, start: int, entry: Mapping[str, Any]) -> np.ndarray:
@@ -302,7 +361,7 @@ def _table(data: bytes, start: int, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def read_section(descriptor: int, head: Head, number: int, path: Path | str, check: bool) -> memoryview:
-    """The blocks of a section (0 the label, 1 + t month t); `check` compares them with their checksum."""
+    """The blocks of a section, see `Head.section`; `check` compares them with their checksum."""
     data = memoryview(bytearray(head.section(number)[1]))
     read_into(descriptor, head, number, data, path, check)
     return data
@@ -323,17 +382,17 @@ def read_into(descriptor: int, head: Head, number: int, out: memoryview, path: P
 def check_section(data: bytes | memoryview, head: Head, number: int, path: Path | str) -> None:
     """Raises DataError where a section differs from what was written."""
     if zlib.crc32(data) != head.crc[number]:
-        what = "label" if number == _LABEL_SECTION else f"month {number - 1:02d}"
+        what = {LABEL: "label", STATIC: "static images"}.get(number, f"month {number - FIRST_STEP:02d}")
         raise DataError(f"{path}: is damaged (the checksum of its {what} differs); {REMEDY}")
 
 
-def inflate(block: bytes | memoryview, path: Path | str) -> np.ndarray:
-    """[PLANE] uint8.  Releases the GIL.  Raises DataError for a block that is none."""
+def inflate(block: bytes | memoryview, size: int, path: Path | str) -> np.ndarray:
+    """[size] uint8.  Releases the GIL.  Raises DataError for a block that is none."""
     try:
-        plane = lz4.block.decompress(block, uncompressed_size=PLANE)
+        plane = lz4.block.decompress(block, uncompressed_size=size)
     except lz4.block.LZ4BlockError:
         plane = b""
-    if len(plane) != PLANE:
+    if len(plane) != size:
         raise DataError(f"{path}: is damaged (a block does not inflate); {REMEDY}")
     return np.frombuffer(plane, np.uint8)
 
@@ -345,11 +404,13 @@ def verify_file(path: Path | str) -> Head:
         head = head_of(descriptor, path)
         if head.chip != Path(path).name.removesuffix(SUFFIX):
             raise DataError(f"{path}: holds chip {head.chip}; {REMEDY}")
-        for number in range(T + 1):
+        plane, static = head.dataset.tile ** 2, head.planes.static
+        for number in range(FIRST_STEP + head.dataset.months):
             data = memoryview(read_section(descriptor, head, number, path, check=True))
-            sizes = head.label_sizes if number == 0 else head.sizes[number - 1]
+            sizes = (head.label_sizes if number == LABEL else head.sizes[0, static] if number == STATIC
+                     else head.sizes[number - FIRST_STEP, ~static])
             for size in sizes[sizes > 0].tolist():
-                inflate(data[:size], path)
+                inflate(data[:size], plane, path)
                 data = data[size:]
         return head
     finally:

@@ -22,13 +22,25 @@ import torch
 
 from engine.base.errors import DataError, DeviceError
 from engine.data.batch import Produced, Request
-from engine.data.dataset import AGBM_DTYPE, S2, TILE, C, T
+from engine.data.dataset import Dataset
 from engine.data.plan import IDENTITY
-from engine.data.store.chip_file import CODES_LOW, CODES_SPAN, PLANE, REMEDY
+from engine.data.store.chip_file import LABEL_PLANES, REMEDY
 from engine.data.store.source import PackedSource
 from kernels import packed_chip
 
-_FILL, _LOW, _SCALE = CODES_LOW.astype(np.uint16), CODES_LOW.astype(np.float32), (1 / CODES_SPAN).astype(np.float32)
+
+class _Codes:
+    """What the codes of a data set mean, for each of its C bands."""
+
+    def __init__(self, dataset: Dataset):
+        sensors = dataset.sensors
+        nodata = [sensor.code_nodata for sensor in sensors]
+        # A code, what it counts as, and what a band counts as that is not stored; without nodata, 0 counts as 0
+        self.meaning = np.concatenate([
+            np.stack([np.full(len(s.bands), code or 0), np.zeros(len(s.bands)) if code is None else s.code_low,
+                      s.code_low], 1) for s, code in zip(sensors, nodata)]).astype(np.uint16)
+        self.low = np.concatenate([sensor.code_low for sensor in sensors]).astype(np.float32)
+        self.scale = (1 / np.concatenate([sensor.code_span for sensor in sensors])).astype(np.float32)
 
 
 class Direct:
@@ -46,6 +58,7 @@ class Direct:
             raise DeviceError(f"a packed store on the CPU (data.backend cpu): {error}; {remedy}set data.path to the "
                               f"TIFFs") from None
         self._source, self._batch_size, self._threads = source, batch_size, threads
+        self._codes = _Codes(source.dataset)
         self._ahead, self._warp = ahead, warp
         self._slabs = _Slabs(page_locked)
 
@@ -65,28 +78,30 @@ class Direct:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, pool: ThreadPoolExecutor, batch: list[Request]) -> _Pending:
-        shape = self._batch_size, T, TILE, TILE, C
-        images, label = self._slabs.tensor(shape), self._slabs.tensor((self._batch_size, TILE, TILE))
+        data = self._source.dataset
+        images = self._slabs.tensor((self._batch_size, data.months, data.tile, data.tile, data.channels))
+        label = self._slabs.tensor((self._batch_size, data.tile, data.tile))
         kept = [pool.submit(self._decode, request, images[b], label[b]) for b, request in enumerate(batch)]
         return _Pending(batch, kept, images, label)
 
     def _decode(self, request: Request, images: torch.Tensor, label: torch.Tensor) -> int:
         """How many months the chip keeps."""
-        scratch = _scratch()
+        data, codes = self._source.dataset, self._codes
+        scratch = _scratch(min(data.channels, packed_chip.LANES), data.tile ** 2)
         draw = request.draw
         stored = self._source.stored(request.chip, draw.keep, scratch.file)
         matrix = np.ascontiguousarray(draw.matrix if self._warp else IDENTITY.matrix, np.float32)
         base = stored.data.ctypes.data
-        blocks = (base + stored.starts).astype(np.uint64)
+        blocks = (base + stored.offsets[:, ::2]).astype(np.uint64)  # of a value's two planes, the first
         sizes = np.ascontiguousarray(stored.sizes, np.uint32)
         bad = packed_chip.images()(
-            blocks.ctypes.data, sizes.ctypes.data, len(stored.months), T, C, TILE, _FILL.ctypes.data, _LOW.ctypes.data,
-            _SCALE.ctypes.data, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data, scratch.tile.ctypes.data,
-            images.data_ptr())
+            blocks.ctypes.data, sizes.ctypes.data, len(stored.months), data.months, data.channels, data.tile,
+            codes.meaning.ctypes.data, codes.low.ctypes.data, codes.scale.ctypes.data, matrix.ctypes.data, _inflate(),
+            scratch.planes.ctypes.data, scratch.tile.ctypes.data, images.data_ptr())
         if stored.label_sizes.any():
             label_sizes = np.ascontiguousarray(stored.label_sizes, np.uint32)
             bad = max(bad, packed_chip.label()(
-                base, label_sizes.ctypes.data, TILE, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data,
+                base, label_sizes.ctypes.data, data.tile, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data,
                 scratch.tile.ctypes.data, label.data_ptr()))
         else:
             ctypes.memset(label.data_ptr(), 0, label.nbytes)  # torch would call its own threads
@@ -149,11 +164,12 @@ class _Scratch(NamedTuple):
 _THREAD = threading.local()
 
 
-def _scratch() -> _Scratch:
-    if not hasattr(_THREAD, "scratch"):
-        _THREAD.scratch = _Scratch([], np.empty(C * S2.dtype.itemsize * PLANE, np.uint8),
-                                   np.empty(PLANE * packed_chip.LANES, np.uint16))
-    scratch: _Scratch = _THREAD.scratch
+def _scratch(bands: int, pixels: int) -> _Scratch:
+    size = max(2 * bands, LABEL_PLANES) * pixels  # the label shares it
+    scratch: _Scratch | None = getattr(_THREAD, "scratch", None)
+    if scratch is None or scratch.planes.size < size or scratch.tile.size < pixels * packed_chip.LANES:
+        scratch = _Scratch([], np.empty(size, np.uint8), np.empty(pixels * packed_chip.LANES, np.uint16))
+        _THREAD.scratch = scratch
     return scratch
 
 
@@ -164,6 +180,3 @@ def _inflate() -> int:
     address = ctypes.cast(library.LZ4_decompress_safe, ctypes.c_void_p).value
     assert address is not None
     return address
-
-
-assert AGBM_DTYPE.itemsize <= C * S2.dtype.itemsize  # the label shares the scratch

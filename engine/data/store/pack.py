@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from engine.base.errors import ConfigError, DataError
 from engine.base.files import atomic_write, write_text
-from engine.data.dataset import AGBM_DTYPE, S1, S1_NODATA, S2, SENSORS, TILE, T, feature_name, label_name
+from engine.data.dataset import LABEL_DTYPE, Dataset
 from engine.data.index import Chip, Index, Problem, Published, is_store, open_index
 from engine.data.store import chip_file
 from engine.data.store.source import PackedSource
@@ -36,18 +37,19 @@ def pack(tree: Path, out: Path, *, lossless: bool = False, workers: int = 4, ver
          progress: Callable[[int], None] | None = None) -> dict[str, int]:
     """Pack the TIFF tree `tree` into the store `out`, or finish what an earlier call began.
 
-    `lossless` keeps Sentinel-1 as float32, else it is stored in steps of 0.01 dB; Sentinel-2 and labels are always
-    kept exactly.  `verify` reads every packed chip back and compares it with its TIFFs, old ones too.  `progress` is
-    called with 1 after each chip.  Returns {"chips", "new", "bytes", "tiff_bytes"}.
+    `lossless` keeps floats as they are; else those of sensors with a `packed_step` (Sentinel-1's 0.01 dB) are stored in
+    such steps.  Integers and labels are always kept exactly.  `verify` reads every packed chip back and compares it
+    with its TIFFs, old ones too.  `progress` is called with 1 after each chip.  Returns {"chips", "new", "bytes",
+    "tiff_bytes"}.
 
     Raises DataError where a TIFF is damaged or differs from its published checksum, where `out` is a store of other
     settings or version, and where the disk is full; what is packed by then stays, and is valid.
     """
     if is_store(tree):
         raise DataError(f"{tree}: is a packed store already; --data takes the TIFF tree")
-    s1 = chip_file.EXACT if lossless else chip_file.STEPS
-    check_settings(out, s1)
+    values = chip_file.EXACT if lossless else chip_file.STEPS
     index = open_index(tree)
+    check_settings(out, index.dataset, values)
     published = {file.path: file for file in index.files}
     folder = out / chip_file.CHIPS
     sweep(folder)
@@ -55,44 +57,51 @@ def pack(tree: Path, out: Path, *, lossless: bool = False, workers: int = 4, ver
 
     def one(chip: Chip) -> tuple[int, int, int]:
         path = folder / f"{chip.id}{chip_file.SUFFIX}"
-        head, new = _packed_before(path, chip, s1), False
+        head, new = _packed_before(path, chip, values), False
         if head is None:
-            files = {file.name: _read(file, published.get(file)) for file in _files(chip)}
-            write_chip(path, encode_chip(chip.id, chip.split, files, s1))
+            files = {file.name: _read(file, published.get(file)) for file in chip.files}
+            write_chip(path, encode_chip(chip.id, chip.split, index.dataset, files, values))
             head, new = chip_file.read_head(path), True
         if verify:
             _compare(path, chip)
         return int(new), head.end, sum(size for size, _ in head.sources.values())
 
     done = _parallel(one, index, workers, progress)
-    write_manifest(out, s1)
+    write_manifest(out, index.dataset, values)
     new, size, tiff_size = (sum(column) for column in zip(*done))
     return {"chips": len(done), "new": new, "bytes": size, "tiff_bytes": tiff_size}
 
 
-def encode_chip(chip: str, split: str, files: Mapping[str, bytes], s1: str = chip_file.STEPS) -> bytes:
-    """The packed file of a chip whose TIFFs are `files`, name → content; `s1` is store.STEPS or store.EXACT.
+def encode_chip(chip: str, split: str, dataset: Dataset, files: Mapping[str, bytes],
+                values: str = chip_file.STEPS) -> bytes:
+    """The packed file of a chip whose TIFFs are `files`, name → content; `values` is chip_file.STEPS or EXACT.
 
     Raises DataError, naming the file, for a TIFF that is damaged, of another shape or dtype, or holds NaN.
     """
-    months = np.array([[feature_name(chip, sensor, t) in files for t in range(T)] for sensor in SENSORS])
-    arrays = chip_file.Arrays(np.full((T, *S1.shape), S1_NODATA, S1.dtype), np.zeros((T, *S2.shape), S2.dtype),
-                          np.empty((TILE, TILE), AGBM_DTYPE) if label_name(chip) in files else None)
-    targets = {feature_name(chip, sensor, t): array[t] for sensor, array in zip(SENSORS, arrays[:2]) for t in range(T)}
-    if arrays.label is not None:
-        targets[label_name(chip)] = arrays.label
+    months, images = np.zeros((len(dataset.sensors), dataset.months), bool), []
+    targets: dict[str, np.ndarray] = {}
+    for number, sensor in enumerate(dataset.sensors):
+        steps = 1 if sensor.static else dataset.months
+        images.append(np.zeros((steps, *dataset.shape(sensor)), sensor.values))
+        for t in range(steps):
+            name = dataset.feature_name(chip, number, t)
+            targets[name] = images[number][t]
+            months[number, slice(None) if sensor.static else t] = name in files
+    label_name = dataset.label_name(chip)
+    targets[label_name] = label = np.empty((dataset.tile, dataset.tile), dataset.target.dtype)
     for name, data in files.items():
         try:
             tiff.decode_into(data, targets[name])
-            if targets[name].dtype == S1.dtype and not np.isfinite(targets[name]).all():
+            if targets[name].dtype.kind == "f" and not np.isfinite(targets[name]).all():
                 raise DataError("holds NaN or infinity")
         except DataError as error:
             raise DataError(f"{name}: {error}; {tiff.REMEDY}") from None
     sources = {name: (len(data), posix_cksum(data)) for name, data in files.items()}
+    arrays = chip_file.Arrays(tuple(images), label.astype(LABEL_DTYPE, copy=False) if label_name in files else None)
     try:
-        return chip_file.encode(chip, split, arrays, months, s1, sources)
+        return chip_file.encode(chip, split, dataset, arrays, months, values, sources)
     except DataError as error:
-        raise DataError(f"chip {chip}, Sentinel-1: {error}") from None
+        raise DataError(f"chip {chip}: {error}") from None
 
 
 def verify_store(root: Path, workers: int = 4, progress: Callable[[int], None] | None = None) -> list[Problem]:
@@ -127,16 +136,19 @@ def _parallel(one: Callable[[Chip], Any], index: Index, workers: int,
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def check_settings(out: Path, s1: str) -> None:
-    """Raises DataError where `out` holds anything but chips packed like this."""
+def check_settings(out: Path, dataset: Dataset, values: str) -> None:
+    """Raises DataError where `out` holds anything but chips of `dataset`, packed like this."""
     if out.exists() and not is_store(out) and any(out.iterdir()):
         raise DataError(f"{out}: holds something else than a packed store; give --out a new or empty folder")
     for path in _packed(out):
         head = chip_file.read_head(path)
-        if head.s1 != s1:
+        if head.values != values:
             flag = {chip_file.EXACT: "with --lossless", chip_file.STEPS: "without --lossless"}
-            raise DataError(f"{out}: was packed {flag[head.s1]} (Sentinel-1 as {head.s1}), now it is asked for "
-                            f"{flag[s1]}; go on as before, or give --out another folder")
+            raise DataError(f"{out}: was packed {flag[head.values]}, now it is asked for {flag[values]}; go on as "
+                            f"before, or give --out another folder")
+        if head.dataset != dataset:
+            raise DataError(f"{out}: holds chips of data set {head.dataset.name!r} as it was described then, not as "
+                            f"{dataset.name!r} is described now; give --out another folder")
 
 
 def sweep(folder: Path) -> None:
@@ -159,11 +171,6 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _files(chip: Chip) -> list[Path]:
-    files = [chip.path(s, t) for s in range(len(SENSORS)) for t in range(T) if chip.months[s][t]]
-    return files + ([chip.label] if chip.label is not None else [])
-
-
 def _read(path: Path, published: Published | None) -> bytes:
     """A TIFF, compared with what was published of it."""
     try:
@@ -178,14 +185,14 @@ def _read(path: Path, published: Published | None) -> bytes:
     return data
 
 
-def _packed_before(path: Path, chip: Chip, s1: str) -> chip_file.Head | None:
+def _packed_before(path: Path, chip: Chip, values: str) -> chip_file.Head | None:
     """The head of a chip that an earlier call packed from the same TIFFs, None where there is none."""
     if not path.exists():
         return None
     head = chip_file.read_head(path)
-    sizes = {file.name: file.stat().st_size for file in _files(chip)}
+    sizes = {file.name: file.stat().st_size for file in chip.files}
     same = {name: size for name, (size, _) in head.sources.items()} == sizes
-    return head if same and head.s1 == s1 and head.split == chip.split else None
+    return head if same and head.values == values and head.split == chip.split else None
 
 
 def write_chip(path: Path, data: bytes) -> None:
@@ -200,18 +207,19 @@ def write_chip(path: Path, data: bytes) -> None:
 
 def _entry(head: chip_file.Head) -> dict[str, Any]:
     """What the manifest says of a chip: all of it is in the chip's own head."""
-    months = {sensor.name: "".join("01"[int(month)] for month in row) for sensor, row in zip(SENSORS, head.months)}
+    months = {sensor.name: "".join("01"[int(month)] for month in row)
+              for sensor, row in zip(head.dataset.sensors, head.months)}
     return {"id": head.chip, "split": head.split, "months": months, "label": head.label, "bytes": head.end,
             "crc32": int(head.crc[-1]), "sources": {name: list(entry) for name, entry in head.sources.items()}}
 
 
-def write_manifest(out: Path, s1: str) -> None:
+def write_manifest(out: Path, dataset: Dataset, values: str) -> None:
     """The manifest of all chips in `out`, one line a chip, so that tools for text can look at it.  It makes the store
     one that can be trained on.  Raises DataError where it cannot be written."""
     lines = ",\n".join(json.dumps(_entry(chip_file.read_head(path))) for path in _packed(out))
-    settings = {"s1": s1, "lz4_level": chip_file.LEVEL}
+    settings = {"values": values, "lz4_level": chip_file.LEVEL}
     text = (f'{{"format": {json.dumps(FORMAT)}, "version": {chip_file.VERSION}, "settings": {json.dumps(settings)},\n'
-            f'"chips": [\n{lines}\n]}}\n')
+            f'"dataset": {json.dumps(dataset.dump())},\n"chips": [\n{lines}\n]}}\n')
     try:
         write_text(out / chip_file.MANIFEST, text)
     except OSError as error:
@@ -226,15 +234,20 @@ def _packed(out: Path) -> list[Path]:
 def _compare(path: Path, chip: Chip) -> None:
     """Every byte of a packed chip against its TIFFs.  Raises DataError."""
     chip_file.verify_file(path)
-    packed = Chip(chip.id, chip.split, chip.months, path.parent, chip.label and path, path)
-    old, new = TiffSource("mask").stack(chip), PackedSource(path, "mask").stack(packed)
-    s1 = old.s1
-    if chip_file.read_head(path).s1 == chip_file.STEPS:
-        s1 = chip_file.s1_db(chip_file.s1_codes(s1))
-        if np.abs(s1 - old.s1).max() > chip_file.CODE_STEP * 0.5001:
-            raise DataError(f"{path}: Sentinel-1 of chip {chip.id} does not fit steps of 0.01 dB; pack with --lossless")
-    for what, was, now in (("Sentinel-1", s1, new.s1), ("Sentinel-2", old.s2, new.s2), ("label", old.label, new.label),
-                           ("months", old.months, new.months)):
+    packed = replace(chip, folder=path.parent, label=chip.label and path, packed=path)
+    dataset = chip.dataset
+    old, new = TiffSource(dataset, "mask").stack(chip), PackedSource(path, "mask").stack(packed)
+    steps = chip_file.read_head(path).values == chip_file.STEPS
+    pairs = [("label", old.label, new.label), ("months", old.months, new.months)]
+    for sensor, was, now in zip(dataset.sensors, old.images, new.images):
+        if steps and sensor.packed_step is not None:
+            in_steps = chip_file.decoded(chip_file.codes(was, sensor), sensor)
+            if np.abs(in_steps - was).max() > sensor.packed_step * 0.5001:
+                raise DataError(f"{path}: {sensor.name} of chip {chip.id} does not fit steps of "
+                                f"{sensor.packed_step:g} {sensor.unit}; pack with --lossless")
+            was = in_steps
+        pairs.append((sensor.name, was, now))
+    for what, was, now in pairs:
         if not np.array_equal(was, now):
             raise DataError(f"{path}: its {what} differs from the TIFFs of chip {chip.id}; remove the file and pack "
                             f"again")

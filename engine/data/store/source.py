@@ -7,6 +7,8 @@ each block lies in them.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -15,38 +17,58 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.data.dataset import S1, S1_NODATA, S2, TILE, T
+from engine.data.dataset import Dataset, Sensor
 from engine.data.index import Chip
 from engine.data.source import UPRIGHT, Cache, Stack, Turn, empty_stack, present_months
 from engine.data.store import chip_file
+from engine.data.store.chip_file import FIRST_STEP, LABEL, LABEL_PLANES, STATIC, is_coded
 
 DIRECT = "direct"  # the form that `engine.data.store.cpu_batches` takes, and no DALI pipeline
-
-# A block that is not stored is one of these, which follow the file's bytes on their way to the GPU: a plane of zeros,
-# and the byte-planes of −9999.0
-_NODATA_BYTES = np.array(S1_NODATA, S1.dtype).tobytes()
-_FILL = [chip_file.lz4.block.compress(bytes([byte]) * chip_file.PLANE, store_size=False)
-         for byte in (0, *_NODATA_BYTES)]
-_FILL_OFFSETS = np.cumsum([0, *map(len, _FILL)])
-_FILL_BYTES = np.frombuffer(b"".join(_FILL), np.uint8)
-
 
 _THREAD = threading.local()
 
 
-class Stored(NamedTuple):
-    """Kept months and label of a chip, as they lie in its file."""
+class Filling(NamedTuple):
+    """Blocks of one byte each, which follow a file's bytes on their way to the GPU and stand for what is not stored."""
 
-    data: np.ndarray  # [n] uint8: the label's blocks, then each month's, then as many bytes as were asked for
-    starts: np.ndarray  # [K] int64: where each month's begin
-    sizes: np.ndarray  # [K, planes] uint32: bytes of each block, 0 where none is stored
+    data: np.ndarray  # [n] uint8
+    offsets: np.ndarray  # [n + 1] int64: where each begins
+    of: np.ndarray  # [planes] int64: which stands for a plane of an image that is not there
+    zero: int  # which is of zeros
+
+
+@functools.lru_cache(maxsize=16)
+def filling(dataset: Dataset, values: str) -> Filling:
+    planes, absent = chip_file.planes_of(dataset, values), []
+    for sensor in dataset.sensors:
+        stored = absent_codes(sensor) if is_coded(sensor, values) else sensor.absent
+        absent += list(np.ascontiguousarray(stored).view(np.uint8).reshape(-1))
+    assert len(absent) == len(planes.band)
+    kinds, of = np.unique([0, *absent], return_inverse=True)
+    blocks = [chip_file.lz4.block.compress(bytes([byte]) * dataset.tile ** 2, store_size=False) for byte in kinds]
+    return Filling(np.frombuffer(b"".join(blocks), np.uint8), np.cumsum([0, *map(len, blocks)]), of[1:], int(of[0]))
+
+
+def absent_codes(sensor: Sensor) -> np.ndarray:
+    """[bands] uint16: what stands in codes where there is no image."""
+    code = sensor.code_nodata
+    return (sensor.code_low if code is None else np.full(len(sensor.bands), code)).astype(np.uint16)
+
+
+class Stored(NamedTuple):
+    """Kept steps and label of a chip, as they lie in its file."""
+
+    data: np.ndarray  # [n] uint8: the label's blocks, static images', then each step's, then as many as were asked for
+    offsets: np.ndarray  # [K, planes] int64: where each plane's block begins
+    sizes: np.ndarray  # [K, planes] uint32: its bytes, 0 where none is stored
     label_sizes: np.ndarray  # [LABEL_PLANES] uint32
     months: np.ndarray  # [K] int64
 
 
 class Blocks(NamedTuple):
-    """A chip as stored: bytes [n] uint8, and (offsets, sizes) int32 of blocks for each of `tables`: bands and
-    label, or S1, S2 and label where Sentinel-1 is float32.  A table is month by month, band by band, byte by byte."""
+    """A chip as stored: bytes [n] uint8, and (offsets, sizes) int32 of blocks for each of `tables`: all bands and
+    label, or, where not all are in codes, each sensor and label.  A table is step by step, band by band, byte by
+    byte."""
 
     data: np.ndarray
     tables: tuple[np.ndarray, ...]
@@ -65,44 +87,64 @@ class PackedSource:
 
     def __init__(self, packed: Path, nodata_months: str = "fail", cache_gb: float = 0.0,
                  backend: str = "cpu"):
-        self.s1 = chip_file.read_head(packed).s1
+        head = chip_file.read_head(packed)
+        self.dataset, self.values = head.dataset, head.values
         self.nodata_months = nodata_months
-        exact = self.s1 == chip_file.EXACT
-        self.form = ("blocks_float" if exact else "blocks") if backend == "gpu" else "stack" if exact else DIRECT
+        self.coded = all(is_coded(sensor, self.values) for sensor in self.dataset.sensors)
+        self.form = (("blocks" if self.coded else "blocks_apart") if backend == "gpu"
+                     else DIRECT if self.coded else "stack")
         self._heads: dict[str, chip_file.Head] = {}
         self._checked: set[tuple[str, int]] = set()
         self._cache = Cache(cache_gb)
 
     def buffer(self) -> Stack | list[np.ndarray]:
-        return empty_stack() if self.form == "stack" else []  # filled by the first chip
+        return empty_stack(self.dataset) if self.form == "stack" else []  # filled by the first chip
 
-    def read(self, chip: Chip, keep: np.ndarray, into: object, turn: Turn | None = UPRIGHT) -> Stack | Blocks:
+    def read(self, chip: Chip, keep: np.ndarray | None, into: object, turn: Turn | None = UPRIGHT) -> Stack | Blocks:
         if isinstance(into, Stack):
             with _Open(self, chip) as file:
                 return file.stack(self._months(chip, keep, file.head), into, turn or UPRIGHT)
         assert isinstance(into, list)
-        return _blocks(self.stored(chip, keep, into, extra=len(_FILL_BYTES)))
+        filled = filling(self.dataset, self.values)
+        return self._blocks(self.stored(chip, keep, into, extra=len(filled.data)), filled)
 
-    def stored(self, chip: Chip, keep: np.ndarray, into: list[np.ndarray], extra: int = 0) -> Stored:
-        """The months of `chip` where `keep` [T] bool; `into` is empty or what an earlier call left there."""
+    def stored(self, chip: Chip, keep: np.ndarray | None, into: list[np.ndarray], extra: int = 0) -> Stored:
+        """The steps of `chip` where `keep` [T] bool (None: all); `into` is empty or what an earlier call left there."""
         with _Open(self, chip) as file:
             return file.stored(self._months(chip, keep, file.head), into, extra)
 
     def stack(self, chip: Chip) -> Stack:
         with _Open(self, chip) as file:
-            return file.stack(self._months(chip, np.ones(T, bool), file.head), empty_stack(), UPRIGHT)
+            return file.stack(self._months(chip, None, file.head), empty_stack(self.dataset), UPRIGHT)
 
-    def _months(self, chip: Chip, keep: np.ndarray, head: chip_file.Head) -> list[int]:
-        months = []
+    def _months(self, chip: Chip, keep: np.ndarray | None, head: chip_file.Head) -> list[int]:
+        months, moving = [], np.unique(head.planes.band[~head.planes.static])
         for t in present_months(chip, keep):
-            if head.months[1, t] or (head.nodata[t] < 2).any():
+            if (head.nodata[t, moving] < 2).any():
                 months.append(t)
             elif self.nodata_months != "mask":
-                raise DataError(f"{chip.packed}: month {t:02d}: every value is nodata and the month has no Sentinel-2 "
+                raise DataError(f"{chip.packed}: month {t:02d}: every value is nodata and the month has no other "
                                 f"image; set data.nodata_months: mask, or delete the TIFF and pack the chip again")
         if not months:
             raise DataError(f"{chip.packed}: no month holds any data; remove the chip")
         return months
+
+
+    def _blocks(self, stored: Stored, filled: Filling) -> Blocks:
+        """Nothing is inflated; the filling blocks follow the chip's."""
+        at = stored.data.size - len(filled.data)
+        stored.data[at:] = filled.data
+        offsets, sizes = _filled(stored.offsets, stored.sizes.astype(np.int64), filled, filled.of, at)
+        label_sizes = stored.label_sizes.astype(np.int64)
+        label = _filled(np.cumsum(label_sizes) - label_sizes, label_sizes, filled,
+                        np.full(LABEL_PLANES, filled.zero), at)
+        ends = [0, sizes.shape[1]]
+        if not self.coded:
+            counts = np.bincount(chip_file.planes_of(self.dataset, self.values).sensor)
+            ends = [0, *np.cumsum(counts).tolist()]
+        tables = [table[:, a:b] for a, b in itertools.pairwise(ends) for table in (offsets, sizes)]
+        return Blocks(stored.data, tuple(np.ascontiguousarray(x.reshape(-1), np.int32) for x in (*tables, *label)),
+                      stored.months)
 
 
 class _Open:
@@ -129,7 +171,7 @@ class _Open:
         size = head.end - head.start
         if self._cached is None and source._cache.wants(size):
             whole = memoryview(bytearray(size))
-            for number in range(T + 1):
+            for number in range(FIRST_STEP + head.dataset.months):
                 first, size = self._place(number)
                 self._read(number, whole[first:first + size])
             self._cached = whole
@@ -150,9 +192,12 @@ class _Open:
 
     def _head(self) -> chip_file.Head:
         head = chip_file.head_of(self.descriptor, self.path)
-        if head.chip != self.chip.id or head.s1 != self.source.s1:
-            raise DataError(f"{self.path}: holds chip {head.chip}, Sentinel-1 as {head.s1}, where chip {self.chip.id} "
-                            f"as {self.source.s1} belongs; {chip_file.REMEDY}")
+        if head.chip != self.chip.id or head.values != self.source.values:
+            raise DataError(f"{self.path}: holds chip {head.chip}, floats as {head.values}, where chip {self.chip.id}, "
+                            f"floats as {self.source.values}, belongs; {chip_file.REMEDY}")
+        if head.dataset != self.source.dataset:
+            raise DataError(f"{self.path}: is of data set {head.dataset.name!r} as it was described then, the store of "
+                            f"{self.source.dataset.name!r}; {chip_file.REMEDY}")
         there = tuple(tuple(bool(month) for month in row) for row in head.months)
         if there != self.chip.months:
             raise DataError(f"{self.path}: holds other months than {chip_file.MANIFEST} says; {chip_file.REMEDY}")
@@ -179,7 +224,7 @@ class _Open:
         self.source._checked.add(key)
 
     def stored(self, months: list[int], into: list[np.ndarray], extra: int) -> Stored:
-        head, numbers = self.head, [0, *(1 + t for t in months)]
+        head, numbers = self.head, [LABEL, STATIC, *(FIRST_STEP + t for t in months)]
         sizes = [self._place(number)[1] for number in numbers]
         ends = np.cumsum(sizes)
         whole = int(ends[-1]) + extra
@@ -192,101 +237,96 @@ class _Open:
                 view[end - size:end] = self.section(number)
             else:
                 self._read(number, view[end - size:end])
-        return Stored(data, ends[:-1], head.sizes[months], head.label_sizes, np.array(months))
+        blocks, static = head.sizes[months], head.planes.static
+        lengths, offsets = blocks.astype(np.int64), np.empty(blocks.shape, np.int64)
+        for where, first in ((~static, ends[STATIC:-1, None]), (static, np.full((len(months), 1), ends[LABEL]))):
+            part = lengths[:, where]
+            offsets[:, where] = first + np.cumsum(part, axis=1) - part
+        return Stored(data, offsets, blocks, head.label_sizes, np.array(months))
 
     def label(self, out: np.ndarray, turn: Turn = UPRIGHT) -> None:
-        """Into [H, W] float32; zeros where the chip has none."""
+        """Into [tile, tile] float32; zeros where the chip has none."""
         sizes = self.head.label_sizes
         if sizes.any():
-            _merge(_inflate(self.section(0), sizes, self.path), turn, out)
+            _merge(_inflate(self.section(LABEL), sizes, out.size, self.path), turn, out)
         else:
             out.fill(0)
 
-    def month(self, t: int, s1: np.ndarray, s2: np.ndarray, turn: Turn, nodata: float) -> None:
-        """Month t into [H, W, 4] of codes or float32, and [H, W, 11].  `nodata`: what stands for it in `s1`."""
-        section, sizes = self.section(1 + t), self.head.sizes[t]
-        planes, at = self.head.s1_planes, 0
-        bands = [s1[..., band] for band in range(len(S1.bands))] + [s2[..., band] for band in range(len(S2.bands))]
-        for band, out in enumerate(bands):
-            first, at = at, at + (planes if band < len(S1.bands) else S2.dtype.itemsize)
-            block = int(sizes[first:at].sum())
-            if block:
-                _merge(_inflate(section[:block], sizes[first:at], self.path), turn, out)
-                section = section[block:]
-            else:
-                out.fill(nodata if band < len(S1.bands) else 0)
-
     def stack(self, months: list[int], into: Stack, turn: Turn) -> Stack:
-        """As the TIFFs have it; to half a step where Sentinel-1 is stored in steps."""
-        k = len(months)
-        codes = np.empty(S1.shape, np.uint16) if self.head.s1 == chip_file.STEPS else None
+        """As the TIFFs have it; to half a step where floats are stored in steps."""
+        k, dataset = len(months), self.head.dataset
         for slot, t in enumerate(months):
-            if codes is None:
-                self.month(t, into.s1[slot], into.s2[slot], turn, S1_NODATA)
-            else:
-                self.month(t, codes, into.s2[slot], turn, chip_file.CODE_NODATA)
-                into.s1[slot] = chip_file.s1_db(codes)
+            self._section(FIRST_STEP + t, self.head.sizes[t], False, [images[slot] for images in into.images], turn)
+        self._section(STATIC, self.head.sizes[0], True, [images[0] for images in into.images], turn)
+        for sensor, images in zip(dataset.sensors, into.images):
+            if sensor.static:
+                images[1:k] = images[0]
         self.label(into.label[..., 0], turn)
-        return Stack(into.s1[:k], into.s2[:k], into.label, np.array(months))
+        return Stack(dataset, tuple(images[:k] for images in into.images), into.label, np.array(months))
+
+    def _section(self, number: int, sizes: np.ndarray, static: bool, into: list[np.ndarray], turn: Turn) -> None:
+        """Images of the sensors that are `static`, or of the others, into those of `into` [tile, tile, bands]."""
+        planes, dataset = self.head.planes, self.head.dataset
+        section = None
+        for index, (sensor, out) in enumerate(zip(dataset.sensors, into)):
+            if sensor.static != static:
+                continue
+            section = self.section(number) if section is None else section
+            coded, size = is_coded(sensor, self.head.values), planes.bytes[index]
+            values = np.empty(out.shape, np.uint16) if coded else out
+            absent = absent_codes(sensor) if coded else sensor.absent
+            for band, blocks in enumerate(sizes[planes.sensor == index].reshape(-1, size)):
+                taken = int(blocks.sum())
+                if taken:
+                    _merge(_inflate(section[:taken], blocks, dataset.tile ** 2, self.path), turn, values[..., band])
+                    section = section[taken:]
+                else:
+                    values[..., band].fill(absent[band])
+            if coded:
+                out[...] = chip_file.decoded(values, sensor)
 
 
-def _blocks(stored: Stored) -> Blocks:
-    """Nothing is inflated; the filling blocks follow the chip's."""
-    at = stored.data.size - len(_FILL_BYTES)
-    stored.data[at:] = _FILL_BYTES
-    sizes = stored.sizes.astype(np.int64)
-    exact = sizes.shape[1] > chip_file.s1_planes(chip_file.STEPS) * len(S1.bands) + S2.dtype.itemsize * len(S2.bands)
-    n = chip_file.s1_planes(chip_file.EXACT if exact else chip_file.STEPS) * len(S1.bands)
-    offsets = stored.starts[:, None] + np.cumsum(sizes, axis=1) - sizes
-    fill = np.zeros(sizes.shape, np.int64)
-    if exact:
-        fill[:, :n] = 1 + np.arange(n) % S1.dtype.itemsize
-    offsets, sizes = _filled(offsets, sizes, fill, at)
-    label_sizes = stored.label_sizes.astype(np.int64)
-    label = _filled(np.cumsum(label_sizes) - label_sizes, label_sizes, np.zeros(chip_file.LABEL_PLANES, np.int64), at)
-    cuts = ((0, n), (n, sizes.shape[1])) if exact else ((0, sizes.shape[1]),)
-    tables = [table[:, a:b] for a, b in cuts for table in (offsets, sizes)]
-    return Blocks(stored.data, tuple(np.ascontiguousarray(x.reshape(-1), np.int32) for x in (*tables, *label)),
-                  stored.months)
-
-
-def _filled(offsets: np.ndarray, sizes: np.ndarray, fill: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where no block is stored, that one of `_FILL`, which lie at `end`."""
+def _filled(offsets: np.ndarray, sizes: np.ndarray, filled: Filling, of: np.ndarray,
+            end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where no block is stored, that one of `filled`, which lie at `end`."""
     stored = sizes > 0
-    return (np.where(stored, offsets, end + _FILL_OFFSETS[fill]),
-            np.where(stored, sizes, np.diff(_FILL_OFFSETS)[fill]))
+    return (np.where(stored, offsets, end + filled.offsets[of]),
+            np.where(stored, sizes, np.diff(filled.offsets)[of]))
 
 
-def _inflate(blocks: memoryview, sizes: np.ndarray, path: object) -> list[np.ndarray]:
+def _inflate(blocks: memoryview, sizes: np.ndarray, size: int, path: object) -> list[np.ndarray]:
+    """[size] uint8 each, of blocks that lie end to end."""
     planes, at = [], 0
-    for size in sizes.tolist():
-        planes.append(chip_file.inflate(blocks[at:at + size], str(path)))
-        at += size
+    for taken in sizes.tolist():
+        planes.append(chip_file.inflate(blocks[at:at + taken], size, str(path)))
+        at += taken
     return planes
 
 
 def _merge(planes: list[np.ndarray], turn: Turn, out: np.ndarray) -> None:
-    """Byte-planes into values: `out` [H, W] of uint16 or float32, with any strides."""
-    values = _scratch(len(planes))
+    """Byte-planes into values: `out` [tile, tile] of uint16 or float32, with any strides."""
+    values = _scratch(len(planes), out.size)
     if len(planes) == 2:
         np.left_shift(planes[1], 8, out=values, dtype=np.uint16, casting="unsafe")
         np.bitwise_or(values, planes[0], out=values)
     else:
-        bytewise = values.view(np.uint8).reshape(chip_file.PLANE, -1)
+        bytewise = values.view(np.uint8).reshape(out.size, -1)
         for place, plane in enumerate(planes):
             bytewise[:, place] = plane
-    np.copyto(out, turn.view(values.view(out.dtype).reshape(TILE, TILE)))
+    np.copyto(out, turn.view(values.view(out.dtype).reshape(out.shape)))
 
 
-def _scratch(itemsize: int) -> np.ndarray:
-    """[PLANE] unsigned integers, this thread's own: fresh memory of this size costs as much as filling it."""
-    if not hasattr(_THREAD, f"u{itemsize}"):
-        setattr(_THREAD, f"u{itemsize}", np.empty(chip_file.PLANE, f"u{itemsize}"))
-    return getattr(_THREAD, f"u{itemsize}")
+def _scratch(itemsize: int, size: int) -> np.ndarray:
+    """[size] unsigned integers, this thread's own: fresh memory of this size costs as much as filling it."""
+    name = f"u{itemsize}"
+    if getattr(_THREAD, name, np.empty(0)).size != size:
+        setattr(_THREAD, name, np.empty(size, name))
+    scratch: np.ndarray = getattr(_THREAD, name)
+    return scratch
 
 
 def label_into(chip: Chip, out: np.ndarray) -> None:
-    """The label [H, W] float32 of a packed chip, checked."""
+    """The label [tile, tile] float32 of a packed chip, checked."""
     assert chip.packed is not None
     with _Open(PackedSource(chip.packed), chip) as file:
         file.label(out)
@@ -294,6 +334,7 @@ def label_into(chip: Chip, out: np.ndarray) -> None:
 
 def bytes_stored(head: chip_file.Head) -> dict[str, int]:
     """Bytes that the blocks of each sensor and of the label take."""
-    n = head.s1_planes * len(S1.bands)
-    return {S1.name: int(head.sizes[:, :n].sum()), S2.name: int(head.sizes[:, n:].sum()),
-            "label": int(head.label_sizes.sum())}
+    of = head.planes.sensor
+    taken = {sensor.name: int((head.sizes[:1] if sensor.static else head.sizes)[:, of == number].sum())
+             for number, sensor in enumerate(head.dataset.sensors)}
+    return {**taken, "label": int(head.label_sizes.sum())}
