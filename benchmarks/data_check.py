@@ -20,19 +20,18 @@ from engine.base.cli import main
 from engine.config import Augment
 from engine.data import reference
 from engine.data.batch import Request
-from engine.data.dataset import S1, S2
+from engine.data.biomassters import BIOMASSTERS, S1, S2
 from engine.data.forms import open_source
 from engine.data.index import Chip, open_index
 from engine.data.loader import Loader
 from engine.data.made.sample import make_sample
 from engine.data.plan import IDENTITY, Draw, draw
 from engine.data.source import empty_stack
-from engine.data.store.chip_file import CODE_STEP
 from engine.data.store.pack import pack
 from engine.data.tiff.source import TiffSource
 
 FORMS = ("TIFF", "packed", "lossless")
-SPANS = np.concatenate([(S1.high - S1.low) / CODE_STEP, S2.high])  # of a band, in steps of the packed form
+SPANS = np.concatenate([S1.code_span, S2.code_span])  # of a band, in steps of the packed form
 MOST_UPRIGHT = 0.02  # steps: rounding in float32
 MOST_WARPED, FEW = 1.01, 0.002  # steps; the share of values that may be further off than MOST_UPRIGHT
 LABEL = 1e-4  # of its value, and 0.01 t/ha
@@ -60,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
             roots[form] = Path(folder) / form
             pack(tree, roots[form], lossless=form == "lossless", workers=8)
         chips = list(open_index(tree).chips)[:args.most]
-        draws = [draw(Augment(rotate=1, month_dropout=1), 0, 0, position) for position in range(len(chips))]
+        augment = Augment(rotate=1, month_dropout=1)
+        draws = [draw(BIOMASSTERS, augment, 0, 0, position) for position in range(len(chips))]
         wrong = 0
         for form, root in roots.items():
             stored = open_index(root).by_id()
@@ -79,7 +79,7 @@ def _agrees(title: str, chips: list[Chip], draws: list[Draw], warp: bool, images
             steps: bool) -> bool:
     worst, few, label_off = 0.0, 0.0, 0.0
     for chip, how, got, label in zip(chips, draws, images, labels):
-        stack = TiffSource().read(chip, how.keep, empty_stack())
+        stack = TiffSource(BIOMASSTERS).read(chip, how.keep, empty_stack(BIOMASSTERS))
         expected, expected_label = reference.transform(stack, how.matrix if warp else None, steps=steps)
         off = np.abs(got - expected) * SPANS
         worst, few = max(worst, float(off.max())), max(few, float((off > MOST_UPRIGHT).mean()))

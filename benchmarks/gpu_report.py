@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from engine.base.cli import main
 from engine.base.errors import DataError
+from engine.data.biomassters import AGBM_DTYPE, TILE
 
 SETTLED = 20  # steps, in which shapes are compiled and tuned for the first time
 
@@ -244,7 +245,6 @@ def same(one: Path, other: Path, most: float) -> bool:
     """Whether the maps *_agbm.tif of two folders differ by at most `most` t/ha.  Prints the largest difference."""
     import numpy as np
 
-    from engine.data.dataset import AGBM_DTYPE, TILE
     from engine.data.tiff import tiff
 
     names = sorted(path.name for path in one.glob("*_agbm.tif"))

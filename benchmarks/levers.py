@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from engine.base.cli import main
 from engine.config import Augment, Optimizer
 from engine.data.batch import Request
-from engine.data.dataset import TILE, C
+from engine.data.biomassters import BIOMASSTERS, TILE, C
 from engine.data.forms import open_source
 from engine.data.index import open_index
 from engine.data.loader import Loader
@@ -304,7 +304,7 @@ def dali(recorder: Recorder, title: str, setup: Setup, args: argparse.Namespace)
         loader = Loader(open_source(chips, backend=backend), batch_size=setup.batch, device=setup.device,
                         backend=backend, precision=setup.precision, warp=True, readers=8, threads=8)
         count = setup.batch * (1 if args.smoke else 12)
-        asked = [Request(chips[k % len(chips)], draw(RECIPE, 0, 0, k)) for k in range(count)]
+        asked = [Request(chips[k % len(chips)], draw(BIOMASSTERS, RECIPE, 0, 0, k)) for k in range(count)]
 
         def consume(_: int) -> None:
             for _batch in loader.batches(asked[k:k + setup.batch] for k in range(0, count, setup.batch)):
@@ -378,7 +378,7 @@ def graphed_step(model: BiomassUNet, batch: Batch, setup: Setup,
     recipe = Optimizer()
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=0.0, betas=recipe.betas,
                                   eps=recipe.eps, fused=True, capturable=cuda)
-    loss_of = make_loss("per_chip_rmse")
+    loss_of = make_loss("per_chip_rmse", BIOMASSTERS.target)
     kept, segments = model.kept(batch.images, batch.dropped)
     months, label = kept.clone(), batch.label.clone()
     replay: Callable[[], object] | None = None

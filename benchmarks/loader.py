@@ -28,7 +28,7 @@ from engine.base.cli import main
 from engine.base.errors import ConfigError, DataError
 from engine.config import Augment
 from engine.data.batch import Request
-from engine.data.dataset import SENSORS, T
+from engine.data.biomassters import BIOMASSTERS, SENSORS, T
 from engine.data.forms import open_source
 from engine.data.index import Chip, is_store, open_index
 from engine.data.loader import Loader
@@ -147,7 +147,7 @@ class Bench:
         from plain_loader import PlainLoader
 
         def requests(chips: list[Chip]) -> list[Request]:
-            return [Request(chip, draw(augment, 0, 0, position) if augment else IDENTITY)
+            return [Request(chip, draw(BIOMASSTERS, augment, 0, 0, position) if augment else IDENTITY)
                     for position, chip in enumerate(chips)]
 
         backend = "gpu" if device.type == "cuda" else "cpu"

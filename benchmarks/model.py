@@ -32,7 +32,7 @@ from torch import nn
 from engine.base.cli import main
 from engine.base.errors import ConfigError
 from engine.config import Optimizer
-from engine.data.dataset import TILE, T
+from engine.data.biomassters import TILE, T
 from engine.inference.chips import autocast
 from engine.inference.cudagraphs import Graphed
 from engine.inference.fold import optimize_for_inference

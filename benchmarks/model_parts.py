@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import Augment
-from engine.data.dataset import C, T
-from engine.data.plan import draw
+from engine.data import plan
+from engine.data.biomassters import BIOMASSTERS, C, T
 from engine.inference.chips import autocast
 from engine.model.unet import BiomassUNet
 from engine.training.losses import make_loss
@@ -54,7 +54,7 @@ def recipe_batches(setup: Setup, n: int, augment: Augment = RECIPE, pool: int = 
 def kept_months(setup: Setup, number: int, augment: Augment = RECIPE) -> Tensor:
     """[B] int: how many months each chip of batch `number` keeps."""
     positions = range(number * setup.batch, (number + 1) * setup.batch)
-    return torch.tensor([int(draw(augment, 0, 0, position).keep.sum()) for position in positions])
+    return torch.tensor([plan.kept_months(augment, T, 0, 0, position) for position in positions])
 
 
 def make_batch(setup: Setup, number: int | None, months: int = T) -> Batch:
@@ -72,7 +72,7 @@ def make_batch(setup: Setup, number: int | None, months: int = T) -> Batch:
 
 def train_step(model: BiomassUNet, optimizer: torch.optim.Optimizer, setup: Setup) -> Callable[[Batch], None]:
     """One optimizer step, with nothing that waits for the device."""
-    loss_of = make_loss("per_chip_rmse")
+    loss_of = make_loss("per_chip_rmse", BIOMASSTERS.target)
     plain = isinstance(model, PlainUNet)
 
     def step(batch: Batch) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from engine.data.batch import Request
-from engine.data.dataset import S1, S1_NODATA, S2, TILE, C, T
+from engine.data.biomassters import S1, S1_NODATA, S2, TILE, C, T
 from engine.data.index import Chip
 from engine.data.source import turn_of
 
@@ -40,13 +40,14 @@ class Chips(Dataset[Sample]):
         chip, draw, *_ = self.requests[number]
         images, label = read_chip(chip)
         if not np.array_equal(draw.matrix, np.eye(3)):
-            turn = turn_of(draw.matrix)
+            turn = turn_of(draw.matrix, TILE)
             if turn is not None:
                 images = np.stack([turn.view(month) for month in images])
                 label = turn.view(label).copy()
             else:
                 images = np.stack([warp(month, draw.matrix) for month in images])
                 label = warp(label[:, :, None], draw.matrix)[:, :, 0]
+        assert draw.keep is not None
         images[~draw.keep] = 0
         tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         return tensor, torch.from_numpy(~draw.keep), torch.from_numpy(label)
@@ -59,11 +60,11 @@ def read_chip(chip: Chip) -> tuple[np.ndarray, np.ndarray]:
     for t in range(T):
         if chip.months[0][t]:
             s1 = tifffile.imread(chip.path(0, t)).astype(np.float32)
-            scaled = (s1 - S1.low) / (S1.high - S1.low)
+            scaled = (s1 - S1.zero) / S1.span
             scaled[s1 == S1_NODATA] = 0
             images[t, :, :, :bands] = scaled
         if chip.months[1][t]:
-            images[t, :, :, bands:] = tifffile.imread(chip.path(1, t)).astype(np.float32) / S2.high
+            images[t, :, :, bands:] = tifffile.imread(chip.path(1, t)).astype(np.float32) / S2.span
     label = tifffile.imread(chip.label).astype(np.float32) if chip.label else np.zeros((TILE, TILE), np.float32)
     return images, label
 

@@ -47,7 +47,7 @@ from torch import nn
 from engine.base.cli import main
 from engine.base.errors import ConfigError
 from engine.config import Augment
-from engine.data.dataset import C, T
+from engine.data.biomassters import BIOMASSTERS, C, T
 from engine.data.plan import deal, kept_months
 from engine.model.unet import BiomassUNet
 from engine.training.losses import make_loss
@@ -120,7 +120,7 @@ def waiting(ranks: int, chips: int) -> float:
     """
     batch, found = ranks * chips, []
     for step in range(max(1, min(200, 8192 // batch))):
-        kept = [kept_months(Augment(), 0, 0, step * batch + k) for k in range(batch)]
+        kept = [kept_months(Augment(), T, 0, 0, step * batch + k) for k in range(batch)]
         found.append(max(sum(kept[i] for i in hand) for hand in deal(kept, ranks)) * ranks / sum(kept))
     return float(np.mean(found))
 
@@ -245,7 +245,7 @@ class _Steps:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.reducer = Reducer(self.model, bucket_bytes=gradient_bytes(self.model) // real_buckets())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
-        self.loss = make_loss("per_chip_rmse")
+        self.loss = make_loss("per_chip_rmse", BIOMASSTERS.target)
         self.work = work
 
     def step(self, way: str, chips: int) -> None:

@@ -23,7 +23,7 @@ from model_parts import Setup, kept_months
 from torch import Tensor, nn
 
 from engine.base.cli import main
-from engine.data.dataset import TILE, C, T
+from engine.data.biomassters import TILE, C, T
 from engine.model.decoder import DecoderBlock, ScSE, UpsampleConv2d
 from engine.model.unet import BiomassUNet
 

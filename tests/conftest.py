@@ -71,7 +71,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     another an orbit has a hole."""
     import numpy as np
 
-    from engine.data.dataset import S1, S1_NODATA, T
+    from engine.data.biomassters import S1, S1_NODATA, S1_SHAPE, T
     from engine.data.index import open_index
     from engine.data.made.sample import make_sample
     from engine.data.tiff import tiff
@@ -86,7 +86,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.unlink()
     first, second = open_index(root).split("train")[:2]
     for chip, where in ((first, slice(None)), (second, slice(0, 90))):
-        s1 = np.empty(S1.shape, S1.dtype)
+        s1 = np.empty(S1_SHAPE, S1.values)
         path = chip.path(0, 2)
         tiff.read_into(path, s1)
         s1[where, :, 2:] = S1_NODATA

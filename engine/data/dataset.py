@@ -37,6 +37,16 @@ Dtype = Literal["uint8", "uint16", "int16", "float32"]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
+    # By fields: pydantic would also compare the arrays that are kept beside them
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in type(self).model_fields)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._fields() == other._fields()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self._fields())
+
 
 class Folders(Section):
     """Where files lie under a data folder; all in the folder itself where none of these is there."""

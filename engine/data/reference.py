@@ -28,7 +28,7 @@ def transform(stack: Stack, matrix: np.ndarray | None, steps: bool = False) -> t
         if step:
             values = np.rint(values) * step
         scaled.append(((values - sensor.zero) / sensor.span).astype(np.float32))
-    images = np.zeros((dataset.months, dataset.tile, dataset.tile, dataset.channels), np.float32)
+    images = np.zeros((dataset.months, *stack.label.shape[:2], dataset.channels), np.float32)
     images[:len(stack.months)] = np.concatenate(scaled, axis=-1)
     label = stack.label if matrix is None else warp(stack.label[None], matrix)[0]
     return images, label[:, :, 0]

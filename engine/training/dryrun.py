@@ -28,19 +28,19 @@ def describe(config: Config) -> str:
 def _lines(config: Config) -> Iterator[str]:
     yield "# recipe"
     yield yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True).rstrip()
-    yield "\n# DeepSpeed"
     data, problem = load_dataset(config.data.dataset), None
     try:
         train, validation = select_chips(config)
         data = train[0].dataset
     except DataError as error:
         problem = error
-    sharding = cut(config, data, world(), rank())
-    yield json.dumps(deepspeed_config(config, sharding), indent=2)
-    make_loss(config.loss.name, data.target, **config.loss.options)
     yield "\n# data"
     yield (f"{data.name}: {', '.join(f'{s.name} ({len(s.bands)} bands)' for s in data.sensors)}, {data.months} steps, "
            f"{data.tile} × {data.tile} pixels; predicts {data.target.name}, {data.target.unit}")
+    yield "\n# DeepSpeed"
+    sharding = cut(config, data, world(), rank())
+    yield json.dumps(deepspeed_config(config, sharding), indent=2)
+    make_loss(config.loss.name, data.target, **config.loss.options)
     with torch.device("meta"):
         model = BiomassUNet(config.model.backbone, config.model.decoder_channels, data.channels, tile=data.tile)
     counts = parameter_counts(model)

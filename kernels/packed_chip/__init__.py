@@ -29,13 +29,13 @@ def _library() -> ctypes.CDLL:
 
 
 def images() -> Callable[..., int]:
-    """(blocks [months, bands] addresses, sizes [months, bands, 2] uint32, months, slots, bands, side, meaning [bands, 3]
-    uint16, low [bands], scale [bands], matrix [3, 3] float32, address of LZ4_decompress_safe, planes [min(bands,
-    LANES), 2, side²] uint8, tile [side², LANES] uint16, out [slots, side, side, bands] float32) → −1, or month · 2 ·
-    bands + plane.
+    """(blocks [months, bands] addresses, sizes [months, bands, 2] uint32, months, slots, bands, side, meaning
+    [bands, 3] uint16, low [bands], scale [bands], matrix [3, 3] float32, address of LZ4_decompress_safe, planes
+    [min(bands, LANES), 2, side²] uint8, tile [side², LANES] uint16, out [slots, side, side, bands] float32) → −1, or
+    month · 2 · bands + plane.
 
-    out = (code − low) · scale.  `meaning`: a code, what it counts as, and what bands of which nothing is stored count as.
-    Raises RuntimeError where the kernel cannot be built.
+    out = (code − low) · scale.  `meaning`: a code, what it counts as, and what bands of which nothing is stored count
+    as.  Raises RuntimeError where the kernel cannot be built.
     """
     return _library().packed_images  # type: ignore[no-any-return]
 

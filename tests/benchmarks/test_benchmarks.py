@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data.biomassters import TILE
 from tests.conftest import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # benchmarks are scripts
@@ -218,8 +219,8 @@ def test_the_plain_loader_does_the_plan(sample: Path) -> None:
 
     chip = open_index(sample).chips[0]
     keep = np.arange(12) % 3 > 0
-    draws = {"none": IDENTITY, "turned": Draw(dihedral(True, 3, np.eye(3)), keep),
-             "rotated": Draw(dihedral(True, 1, rotation(0.5, np.array([120.0, 140.0]))), keep)}
+    draws = {"none": IDENTITY, "turned": Draw(dihedral(TILE, True, 3, np.eye(3)), keep),
+             "rotated": Draw(dihedral(TILE, True, 1, rotation(0.5, np.array([120.0, 140.0]))), keep)}
     stack = open_source([chip]).stack(chip)
     for name, draw in draws.items():
         images, dropped, label = plain_loader.Chips([Request(chip, draw)])[0]

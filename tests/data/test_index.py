@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.base.errors import DataError
-from engine.data.dataset import T
+from engine.data.biomassters import T
 from engine.data.index import _rows, months_table, open_index, read_metadata, verify
 from tests.conftest import SHARED
 

@@ -15,17 +15,18 @@ from engine.base.errors import DataError, DeviceError
 from engine.config import Augment
 from engine.data import pipeline, reference
 from engine.data.batch import Batch, Request
-from engine.data.dataset import S1, S1_NODATA, S2, TILE, C, T
+from engine.data.biomassters import BIOMASSTERS, S1, S1_NODATA, S2, TILE, C, T
 from engine.data.forms import open_source
 from engine.data.index import Chip, open_index
 from engine.data.loader import Loader
 from engine.data.plan import IDENTITY, Draw, dihedral, draw
-from engine.data.source import turn_of
+from engine.data.source import Source, empty_stack, turn_of
 from engine.data.store import chip_file
 from engine.data.store.source import Blocks, PackedSource
 from engine.data.tiff.source import TiffSource
 
 BACKENDS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+CODES = np.concatenate([S1.code_span, S2.code_span])  # of a band, in codes
 FORMS = [pytest.param(False, id="steps"), pytest.param(True, id="lossless")]
 
 
@@ -44,8 +45,8 @@ def pixels(batch: Batch) -> np.ndarray:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lossless_batches_are_those_of_the_tiffs(tree: Path, stores: dict[bool, Path], backend: str) -> None:
     augment = Augment(rotate=0.5, month_dropout=1)
-    draws = [draw(augment, 4, 0, position) for position in range(3)]
-    assert {turn_of(how.matrix) is None for how in draws} == {True, False}  # warped and turned ones in one batch
+    draws = [draw(BIOMASSTERS, augment, 4, 0, position) for position in range(3)]
+    assert {turn_of(how.matrix, TILE) is None for how in draws} == {True, False}  # warped and turned ones in one batch
     for warp in (True, False):
         one, other = (load(open_index(root).split("train"), draws, backend, warp) for root in (tree, stores[True]))
         assert torch.equal(one.images, other.images) and torch.equal(one.label, other.label)
@@ -58,7 +59,7 @@ def test_decoding_is_exact(tree: Path, stores: dict[bool, Path], backend: str, l
     old, new = open_index(tree).chips, list(open_index(stores[lossless]).chips)
     batch = load(new, [IDENTITY] * len(new), backend, warp=False)
     for b, chip in enumerate(old):
-        images, label = reference.transform(TiffSource().stack(chip), None, steps=not lossless)
+        images, label = reference.transform(TiffSource(BIOMASSTERS).stack(chip), None, steps=not lossless)
         np.testing.assert_allclose(pixels(batch)[b], images, atol=1e-6)  # roundings of (x − low) / span; a step is 1e-4
         np.testing.assert_array_equal(batch.label[b].cpu().numpy(), label)
 
@@ -66,13 +67,12 @@ def test_decoding_is_exact(tree: Path, stores: dict[bool, Path], backend: str, l
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_warped_codes_are_one_rounding_from_the_reference(tree: Path, stores: dict[bool, Path], backend: str) -> None:
     chips = open_index(stores[False]).split("train")
-    draws = [draw(Augment(rotate=1, month_dropout=1), 0, 0, position) for position in range(len(chips))]
+    draws = [draw(BIOMASSTERS, Augment(rotate=1, month_dropout=1), 0, 0, position) for position in range(len(chips))]
     batch = load(chips, draws, backend, warp=True)
-    span = np.concatenate([(S1.high - S1.low) / 0.01, S2.high])
     for b, (chip, how) in enumerate(zip(open_index(tree).split("train"), draws)):
-        stack = TiffSource().read(chip, how.keep, TiffSource().buffer())
+        stack = TiffSource(BIOMASSTERS).read(chip, how.keep, empty_stack(BIOMASSTERS))
         images, label = reference.transform(stack, how.matrix, steps=True)
-        counts = np.abs(pixels(batch)[b] - images) * span
+        counts = np.abs(pixels(batch)[b] - images) * CODES
         assert counts.max() < 1.01 and (counts > 0.01).mean() < 0.002
         np.testing.assert_allclose(batch.label[b].cpu().numpy(), label, rtol=1e-4, atol=1e-2)
 
@@ -82,7 +82,7 @@ def test_all_turns_are_exact(stores: dict[bool, Path], lossless: bool) -> None:
     chip = open_index(stores[lossless]).split("train")[1]
     keep = np.arange(T) < 3
     turns = [(flip, k) for flip in (False, True) for k in range(4)]
-    batch = load([chip] * 8, [Draw(dihedral(flip, k, np.eye(3)), keep) for flip, k in turns], "cpu", warp=True)
+    batch = load([chip] * 8, [Draw(dihedral(TILE, flip, k, np.eye(3)), keep) for flip, k in turns], "cpu", warp=True)
     plain = load([chip], [Draw(IDENTITY.matrix, keep)], "cpu", warp=False)
     for b, (flip, k) in enumerate(turns):
         for got, original in ((batch.images[b], plain.images[0]), (batch.label[b], plain.label[0])):
@@ -114,7 +114,8 @@ def test_the_cache_changes_nothing_and_reads_once(stores: dict[bool, Path], tree
 @pytest.mark.parametrize("lossless", FORMS)
 @pytest.mark.parametrize("warp", [True, False])
 def test_the_gpu_graph_can_be_defined(lossless: bool, warp: bool) -> None:
-    form = "blocks_float" if lossless else "blocks"
+    form = (pipeline.Form("blocks_apart", BIOMASSTERS, chip_file.EXACT) if lossless
+            else pipeline.Form("blocks", BIOMASSTERS, chip_file.STEPS))
     pipe = pipeline.define(lambda: (), form=form, batch_size=2, device_id=0, threads=1, prefetch=1, half=True,
                            warp=warp)
     pipe._build_graph()
@@ -126,8 +127,12 @@ def test_the_gpu_graph_can_be_defined(lossless: bool, warp: bool) -> None:
         assert name in inputs or all(output.device == "gpu" for output in operator.outputs), name
 
 
+def form_of(source: Source) -> pipeline.Form:
+    return pipeline.Form(source.form, source.dataset, source.values)
+
+
 def inflated(blocks: Blocks) -> list[np.ndarray]:
-    """In nvCOMP's place: [blocks, PLANE] uint8 of each table."""
+    """In nvCOMP's place: [blocks, tile²] uint8 of each table."""
     import lz4.block
 
     data = blocks.data.tobytes()
@@ -153,14 +158,14 @@ def test_blocks_hold_the_chip_as_the_gpu_will_see_it(stores: dict[bool, Path], l
     pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
     with pipe:
         inputs = fn.external_source(source=lambda: [[x] for x in planes], num_outputs=len(planes), batch=True)
-        pipe.set_outputs(*pipeline.assemble(source.form, list(inputs)))
+        pipe.set_outputs(*pipeline.assemble(form_of(source), list(inputs)))
     pipe.build()
     *images, label = [np.asarray(output.as_array())[0] for output in pipe.run()]
     stack = PackedSource(chip.packed, "mask").stack(chip)  # type: ignore[arg-type]
     s1, s2 = np.split(np.concatenate(images, axis=-1), [len(S1.bands)], axis=-1)
-    filled = np.where(stack.s1[:4] == S1_NODATA, S1.low, stack.s1[:4])
-    np.testing.assert_array_equal(s1, filled if lossless else chip_file.s1_codes(filled))
-    np.testing.assert_array_equal(s2, stack.s2[:4])
+    filled = np.where(stack.images[0][:4] == S1_NODATA, S1.zero, stack.images[0][:4])
+    np.testing.assert_array_equal(s1, filled if lossless else chip_file.codes(filled, S1))
+    np.testing.assert_array_equal(s2, stack.images[1][:4])
     np.testing.assert_array_equal(label, stack.label)
 
 
@@ -171,19 +176,19 @@ def test_the_gpus_operators_agree_with_the_cpus_kernel(tree: Path, stores: dict[
     from nvidia.dali.types import DALIDataType
 
     chip = open_index(stores[False]).split("train")[1]
-    how = draw(Augment(rotate=1, month_dropout=0), 3, 0, 0)
+    how = draw(BIOMASSTERS, Augment(rotate=1, month_dropout=0), 3, 0, 0)
     source = open_source([chip], backend="gpu")
     planes = inflated(source.read(chip, how.keep, source.buffer()))  # type: ignore[arg-type]
     pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
     with pipe:
         *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*planes, how.matrix)], batch=True,
                                              num_outputs=len(planes) + 1)
-        stored = pipeline.assemble(source.form, inputs)
-        pipe.set_outputs(*pipeline.finish(source.form, stored, matrix, True, DALIDataType.FLOAT))
+        stored = pipeline.assemble(form_of(source), inputs)
+        pipe.set_outputs(*pipeline.finish(form_of(source), stored, matrix, True, DALIDataType.FLOAT))
     pipe.build()
     images, label = (np.asarray(output.as_array())[0] for output in pipe.run())
     batch = load([chip], [how], "cpu", warp=True)
-    counts = np.abs(pixels(batch)[0] - images) * chip_file.CODES_SPAN
+    counts = np.abs(pixels(batch)[0] - images) * CODES
     assert counts.max() < 1.01 and (counts > 0.01).mean() < 0.002
     np.testing.assert_allclose(batch.label[0], label, rtol=1e-4, atol=1e-2)
 
@@ -200,8 +205,9 @@ def test_any_affine_matrix(tree: Path, stores: dict[bool, Path], matrix: list[li
     how = Draw(np.array([*matrix, [0, 0, 1]], np.float32), np.arange(T) < 3)
     old, new = (open_index(root).split("train")[1] for root in (tree, stores[False]))
     batch = load([new], [how], "cpu", warp=True)
-    images, label = reference.transform(TiffSource().read(old, how.keep, TiffSource().buffer()), how.matrix, steps=True)
-    counts = np.abs(pixels(batch)[0] - images) * chip_file.CODES_SPAN
+    stack = TiffSource(BIOMASSTERS).read(old, how.keep, empty_stack(BIOMASSTERS))
+    images, label = reference.transform(stack, how.matrix, steps=True)
+    counts = np.abs(pixels(batch)[0] - images) * CODES
     assert counts.max() < 1.01 and (counts > 0.01).mean() < 0.003  # exact halves: each instruction set rounds its way
     np.testing.assert_allclose(batch.label[0], label, rtol=1e-4, atol=1e-2)
 
@@ -231,7 +237,7 @@ def test_a_block_that_does_not_inflate_is_named(stores: dict[bool, Path], tmp_pa
     chip = open_index(copy).split("train")[0]
     assert chip.packed is not None
     data = bytearray(chip.packed.read_bytes())
-    first, _ = chip_file.read_head(chip.packed).section(1)
+    first, _ = chip_file.read_head(chip.packed).section(chip_file.FIRST_STEP)
     data[first:first + 64] = bytes(64)
     chip.packed.write_bytes(data)
     with pytest.raises(DataError, match=rf"{chip.packed.name}: is damaged \(the checksum of its month 00"):
@@ -241,7 +247,7 @@ def test_a_block_that_does_not_inflate_is_named(stores: dict[bool, Path], tmp_pa
         load([chip], [IDENTITY], "cpu", warp=False)
 
 
-@pytest.mark.parametrize("bands", [1, 4, 15, 16])
+@pytest.mark.parametrize("bands", [1, 4, 15, 16, 17, 40])
 def test_the_kernel_stays_within_its_output(bands: int) -> None:
     """It stores whole vectors; what lies behind the chip may be another thread's."""
     import lz4.block
@@ -254,14 +260,15 @@ def test_the_kernel_stays_within_its_output(bands: int) -> None:
     planes = [lz4.block.compress(plane.tobytes(), store_size=False) for band in codes.T
               for plane in np.ascontiguousarray(band).view(np.uint8).reshape(-1, 2).T]
     file = np.frombuffer(b"".join(planes), np.uint8)
-    blocks, sizes = np.array([file.ctypes.data], np.uint64), np.array([len(plane) for plane in planes], np.uint32)
-    fill, low, scale = np.zeros(bands, np.uint16), np.full(bands, 5, np.float32), np.full(bands, 0.5, np.float32)
+    sizes = np.array([len(plane) for plane in planes], np.uint32)
+    blocks = (file.ctypes.data + np.cumsum(sizes, dtype=np.uint64) - sizes)[::2].copy()  # of each band, the first plane
+    meaning, low, scale = np.zeros((bands, 3), np.uint16), np.full(bands, 5, np.float32), np.full(bands, 0.5, np.float32)
     out = np.full(2 * codes.size + 64, -1, np.float32)
     matrix, scratch = np.eye(3, dtype=np.float32), np.empty((2 * bands + 32) * side * side, np.uint8)
     tile = scratch[2 * bands * side * side:]
     assert packed_chip.images()(
-        blocks.ctypes.data, sizes.ctypes.data, 1, 2, bands, side, fill.ctypes.data, low.ctypes.data, scale.ctypes.data,
-        matrix.ctypes.data, _inflate(), scratch.ctypes.data, tile.ctypes.data, out.ctypes.data) == -1
+        blocks.ctypes.data, sizes.ctypes.data, 1, 2, bands, side, meaning.ctypes.data, low.ctypes.data,
+        scale.ctypes.data, matrix.ctypes.data, _inflate(), scratch.ctypes.data, tile.ctypes.data, out.ctypes.data) == -1
     np.testing.assert_array_equal(out[:codes.size], ((codes.astype(np.float32) - 5) * 0.5).ravel())
     assert not out[codes.size:2 * codes.size].any() and (out[2 * codes.size:] == -1).all()
 
@@ -301,8 +308,8 @@ def test_a_chip_opens_for_people(tree: Path, stores: dict[bool, Path], form: str
     data = view.to_xarray()
     assert isinstance(data, xarray.Dataset) and data.images.dims == ("month", "band", "y", "x")
     assert data.images.shape == (T, C, TILE, TILE) and data.attrs["chip"] == chip.id
-    raw = TiffSource().stack(chip)
-    np.testing.assert_allclose(data.images.sel(month="November", band="VV asc"), raw.s1[2, ..., 0],
+    raw = TiffSource(BIOMASSTERS).stack(chip)
+    np.testing.assert_allclose(data.images.sel(month="November", band="VV asc"), raw.images[0][2, ..., 0],
                                atol=0.00501 if form == "steps" else 0)
     assert np.isnan(data.images.sel(month="November", band="VH desc")).all()  # the orbit that is missing
     np.testing.assert_array_equal(data.agbm, raw.label[..., 0])

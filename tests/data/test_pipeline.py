@@ -13,7 +13,7 @@ from engine.base.errors import DataError, DeviceError
 from engine.config import Augment
 from engine.data import reference
 from engine.data.batch import Batch, Request
-from engine.data.dataset import S1, S1_NODATA, S2, TILE, T
+from engine.data.biomassters import BIOMASSTERS, S1, S1_NODATA, S1_SHAPE, S2, S2_SHAPE, TILE, T
 from engine.data.index import Chip, open_index
 from engine.data.loader import Loader
 from engine.data.plan import IDENTITY, Draw, draw
@@ -26,13 +26,13 @@ BACKENDS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 def load(requests: list[list[Request]], *, warp: bool, precision: str = "fp32", backend: str = "cpu",
          source: object = None, **options: int) -> Iterator[Batch]:
     device = torch.device("cuda", 0) if backend == "gpu" else torch.device("cpu")
-    loader = Loader(source or TiffSource(), batch_size=len(requests[0]), device=device, backend=backend,  # type: ignore[arg-type]
+    loader = Loader(source or TiffSource(BIOMASSTERS), batch_size=len(requests[0]), device=device, backend=backend,  # type: ignore[arg-type]
                     precision=precision, warp=warp, **options)
     return loader.batches(requests)
 
 
 def expected(chip: Chip, how: Draw, warp: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    stack = TiffSource().read(chip, how.keep, empty_stack())
+    stack = TiffSource(BIOMASSTERS).read(chip, how.keep, empty_stack(BIOMASSTERS))
     return *reference.transform(stack, how.matrix if warp else None), stack.months
 
 
@@ -66,14 +66,15 @@ def test_real_values_are_normalised_as_the_winner_s(real_data: Path) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_augmented_it_is_the_reference(sample: Path, backend: str) -> None:
     chips = open_index(sample).split("train")[:4]
-    requests = [[Request(chip, draw(Augment(rotate=1, month_dropout=1), 0, 0, p)) for p, chip in enumerate(chips)]]
+    augment = Augment(rotate=1, month_dropout=1)
+    requests = [[Request(chip, draw(BIOMASSTERS, augment, 0, 0, p)) for p, chip in enumerate(chips)]]
     [batch] = load(requests, warp=True, backend=backend)
     for b, request in enumerate(requests[0]):
         images, label, _ = expected(request.chip, request.draw, True)
         got = batch.images[b].permute(0, 2, 3, 1).cpu().numpy()
         np.testing.assert_allclose(got[..., :4], images[..., :4], atol=1e-4)
         # Sentinel-2 is warped in integer counts: at most one count apart, and hardly ever
-        difference = np.abs(got[..., 4:] - images[..., 4:]) * S2.high
+        difference = np.abs(got[..., 4:] - images[..., 4:]) * S2.span
         assert difference.max() < 1.01 and (difference > 0.01).mean() < 0.001
         np.testing.assert_allclose(batch.label[b].cpu().numpy(), label, rtol=1e-4, atol=1e-2)
 
@@ -84,7 +85,7 @@ def test_flips_and_turns_are_exact(sample: Path, flip: bool, turns: int) -> None
     from engine.data.plan import dihedral
 
     chip = open_index(sample).split("train")[0]
-    how = Draw(dihedral(flip, turns, np.eye(3)), np.arange(T) < 2)
+    how = Draw(dihedral(TILE, flip, turns, np.eye(3)), np.arange(T) < 2)
     [batch] = load([[Request(chip, how)]], warp=True)
     [plain] = load([[Request(chip, Draw(IDENTITY.matrix, how.keep))]], warp=False)
     for got, original in ((batch.images, plain.images), (batch.label[:, None], plain.label[:, None])):
@@ -93,19 +94,20 @@ def test_flips_and_turns_are_exact(sample: Path, flip: bool, turns: int) -> None
 
 def test_a_nodata_edge_does_not_bleed() -> None:
     """−9999 must become 0 before the warp mixes it with its neighbours."""
-    s1 = np.full((1, *S1.shape), -10, np.float32)
+    s1 = np.full((1, *S1_SHAPE), -10, np.float32)
     s1[:, :, :128, 2:] = S1_NODATA
-    stack = Stack(s1, np.zeros((1, *S2.shape), np.uint16), np.zeros((TILE, TILE, 1), np.float32), np.arange(1))
+    stack = Stack(BIOMASSTERS, (s1, np.zeros((1, *S2_SHAPE), np.uint16)), np.zeros((TILE, TILE, 1), np.float32),
+                  np.arange(1))
 
     class Fixed(TiffSource):
         def read(self, chip: Chip, keep: np.ndarray, into: Stack, turn: object = None) -> Stack:
             return stack
 
-    how = draw(Augment(rotate=1), 1, 0, 0)
-    request = Request(Chip("a", "train", ((True,) * T,) * 2, Path(), None), how)
-    [batch] = load([[request]], warp=True, source=Fixed())
+    how = draw(BIOMASSTERS, Augment(rotate=1), 1, 0, 0)
+    request = Request(Chip("a", "train", BIOMASSTERS, ((True,) * T,) * 2, Path(), None), how)
+    [batch] = load([[request]], warp=True, source=Fixed(BIOMASSTERS))
     values = batch.images[0, 0, :4]
-    inside = (-10 - torch.tensor(S1.low)) / torch.tensor(S1.high - S1.low)
+    inside = (-10 - torch.tensor(S1.zero)) / torch.tensor(S1.span)
     assert values.min() >= 0 and (values <= inside[:, None, None] + 1e-5).all()
     assert (values[2] == 0).any() and torch.allclose(values[0], inside[0])
 
@@ -113,8 +115,6 @@ def test_a_nodata_edge_does_not_bleed() -> None:
 def test_dropped_months_are_zero_last_and_never_read(sample: Path, tmp_path: Path) -> None:
     import shutil
 
-    from engine.data.dataset import S1 as sensor
-    from engine.data.dataset import feature_name
 
     chip = open_index(sample).split("train")[0]
     for path in (sample / "train_features").glob(f"{chip.id}_*"):
@@ -123,7 +123,7 @@ def test_dropped_months_are_zero_last_and_never_read(sample: Path, tmp_path: Pat
     keep[[1, 4, 9]] = False
     [one] = open_index(tmp_path).chips
     for month in (1, 4, 9):
-        (tmp_path / feature_name(chip.id, sensor, month)).write_bytes(b"not a TIFF")
+        (tmp_path / BIOMASSTERS.feature_name(chip.id, 0, month)).write_bytes(b"not a TIFF")
     [batch] = load([[Request(one, Draw(IDENTITY.matrix, keep))]], warp=False)
     [whole] = load([[Request(chip)]], warp=False)
     assert batch.dropped[0].tolist() == [False] * 9 + [True] * 3
@@ -156,7 +156,8 @@ def test_order_and_rows_survive_reading_ahead(sample: Path) -> None:
 
 def test_a_loader_serves_many_epochs(sample: Path) -> None:
     chips = open_index(sample).split("train")
-    loader = Loader(TiffSource(), batch_size=2, device=torch.device("cpu"), backend="cpu", precision="fp32", warp=False)
+    loader = Loader(TiffSource(BIOMASSTERS), batch_size=2, device=torch.device("cpu"), backend="cpu", precision="fp32",
+                    warp=False)
     for epoch in range(3):
         requests = [[Request(chips[epoch]), Request(chips[i])] for i in range(3)]
         seen = [batch.chips[0].id for batch in loader.batches(requests)]
@@ -177,38 +178,41 @@ def test_a_bad_file_stops_the_loader_with_its_name(sample: Path, tmp_path: Path)
         list(load([[Request(chip)], [Request(bad)], [Request(chip)]], warp=False))
 
 
+def read(chip: Chip, nodata_months: str = "fail", keep: np.ndarray | None = None) -> Stack:
+    return TiffSource(BIOMASSTERS, nodata_months).read(chip, keep, empty_stack(BIOMASSTERS))
+
+
 def blank(folder: Path, months: list[int], with_s2: list[int] = []) -> Chip:  # noqa: B006
-    from engine.data.dataset import feature_name
     from engine.data.tiff import tiff
 
     for month in range(3):
-        values = np.full(S1.shape, S1_NODATA if month in months else -12, np.float32)
-        tiff.write(folder / feature_name("aaaaaaaa", S1, month), values, 2)
+        values = np.full(S1_SHAPE, S1_NODATA if month in months else -12, np.float32)
+        tiff.write(folder / BIOMASSTERS.feature_name("aaaaaaaa", 0, month), values, 2)
         if month in with_s2:
-            tiff.write(folder / feature_name("aaaaaaaa", S2, month), np.ones(S2.shape, np.uint16), 1)
+            tiff.write(folder / BIOMASSTERS.feature_name("aaaaaaaa", 1, month), np.ones(S2_SHAPE, np.uint16), 1)
     return open_index(folder).chips[0]
 
 
 def test_a_month_without_any_value_is_an_error_or_masked(tmp_path: Path) -> None:
     chip = blank(tmp_path, [1])
     with pytest.raises(DataError, match=r"aaaaaaaa_S1_01.tif: every value is nodata .* data.nodata_months"):
-        TiffSource().read(chip, np.ones(T, bool), empty_stack())
-    assert TiffSource("mask").read(chip, np.ones(T, bool), empty_stack()).months.tolist() == [0, 2]
+        read(chip)
+    assert read(chip, "mask").months.tolist() == [0, 2]
 
 
 def test_a_blank_radar_image_beside_an_optical_one_is_fine(tmp_path: Path) -> None:
     chip = blank(tmp_path, [1], with_s2=[1])
-    assert TiffSource().read(chip, np.ones(T, bool), empty_stack()).months.tolist() == [0, 1, 2]
+    assert read(chip).months.tolist() == [0, 1, 2]
 
 
 def test_a_chip_without_any_value_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="chip aaaaaaaa .* no month holds any data"):
-        TiffSource("mask").read(blank(tmp_path, [0, 1, 2]), np.ones(T, bool), empty_stack())
+        read(blank(tmp_path, [0, 1, 2]), "mask")
 
 
 def test_when_all_kept_months_are_missing_the_others_are_used(tmp_path: Path) -> None:
     chip = blank(tmp_path, [])
-    assert TiffSource().read(chip, np.arange(T) >= 6, empty_stack()).months.tolist() == [0, 1, 2]
+    assert read(chip, keep=np.arange(T) >= 6).months.tolist() == [0, 1, 2]
 
 
 def test_nan_in_label_or_image_is_an_error(tmp_path: Path) -> None:
@@ -220,12 +224,12 @@ def test_nan_in_label_or_image_is_an_error(tmp_path: Path) -> None:
     tiff.write_map(tmp_path / "aaaaaaaa_agbm.tif", label)
     [chip] = open_index(tmp_path).chips
     with pytest.raises(DataError, match=r"aaaaaaaa_agbm.tif: the label holds NaN"):
-        TiffSource().read(chip, np.ones(T, bool), empty_stack())
-    values = np.full(S1.shape, -12, np.float32)
+        read(chip)
+    values = np.full(S1_SHAPE, -12, np.float32)
     values[100, 100, 3] = np.nan
     tiff.write(tmp_path / "aaaaaaaa_S1_02.tif", values, 2)
     with pytest.raises(DataError, match=r"aaaaaaaa_S1_02.tif: holds NaN"):
-        TiffSource().read(chip, np.ones(T, bool), empty_stack())
+        read(chip)
 
 
 @pytest.mark.gpu
@@ -233,8 +237,8 @@ def test_nan_in_label_or_image_is_an_error(tmp_path: Path) -> None:
 def test_batches_are_right_where_the_gpu_is_behind(sample: Path, backend: str, precision: str) -> None:
     """torch's stream sleeps before it reads each batch, while the loader and DALI run ahead."""
     chips = open_index(sample).split("train")
-    requests = [[Request(chips[n % 8], draw(Augment(rotate=1), 0, 0, n))] for n in range(12)]
-    loader = Loader(TiffSource(), batch_size=1, device=torch.device("cuda", 0), backend=backend, precision=precision,
+    requests = [[Request(chips[n % 8], draw(BIOMASSTERS, Augment(rotate=1), 0, 0, n))] for n in range(12)]
+    loader = Loader(TiffSource(BIOMASSTERS), batch_size=1, device=torch.device("cuda", 0), backend=backend, precision=precision,
                     warp=True, prefetch=2)
     found = []
     for delay in (0, 200_000_000):  # cycles, 0.1 s and more: several batches could be made meanwhile

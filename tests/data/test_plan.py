@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.base.errors import ConfigError
 from engine.config import Augment
-from engine.data.dataset import TILE, T
+from engine.data.biomassters import BIOMASSTERS, TILE, T
 from engine.data.plan import (
     Sharding,
     deal,
@@ -73,7 +73,7 @@ def test_ranks_wait_less_for_the_one_with_most_months() -> None:
     def waits(micro: int, dealt: bool) -> float:
         ratios = []
         for step in range(200):
-            kept = [kept_months(Augment(), 0, 1, 8 * micro * step + k) for k in range(8 * micro)]
+            kept = [kept_months(Augment(), T, 0, 1, 8 * micro * step + k) for k in range(8 * micro)]
             hands = deal(kept, 8) if dealt else np.arange(8 * micro).reshape(8, micro).tolist()
             sums = [sum(kept[i] for i in hand) for hand in hands]
             ratios.append(max(sums) / np.mean(sums))
@@ -112,20 +112,20 @@ def test_evaluation_sees_every_chip_once_and_pads_with_invalid_ones(n: int, worl
 
 
 def test_draws_are_a_function_of_their_counter_alone() -> None:
-    a, b = draw(Augment(), 3, 2, 9), draw(Augment(), 3, 2, 9)
+    a, b = draw(BIOMASSTERS, Augment(), 3, 2, 9), draw(BIOMASSTERS, Augment(), 3, 2, 9)
     assert np.array_equal(a.matrix, b.matrix) and np.array_equal(a.keep, b.keep)
-    others = [draw(Augment(rotate=1), *key).matrix for key in ((4, 2, 9), (3, 3, 9), (3, 2, 8))]
-    assert all(not np.array_equal(draw(Augment(rotate=1), 3, 2, 9).matrix, other) for other in others)
+    others = [draw(BIOMASSTERS, Augment(rotate=1), *key).matrix for key in ((4, 2, 9), (3, 3, 9), (3, 2, 8))]
+    assert all(not np.array_equal(draw(BIOMASSTERS, Augment(rotate=1), 3, 2, 9).matrix, other) for other in others)
 
 
 def test_one_option_leaves_the_others_draws_alone() -> None:
     for position in range(50):
-        with_rotation, without = (draw(Augment(rotate=p), 0, 0, position) for p in (1.0, 0.0))
+        with_rotation, without = (draw(BIOMASSTERS, Augment(rotate=p), 0, 0, position) for p in (1.0, 0.0))
         assert np.array_equal(with_rotation.keep, without.keep)
 
 
 def test_rates_are_the_recipe_s() -> None:
-    draws = [draw(Augment(months_step=1), 0, epoch, position) for epoch in range(4) for position in range(1000)]
+    draws = [draw(BIOMASSTERS, Augment(months_step=1), 0, epoch, position) for epoch in range(4) for position in range(1000)]
     n = len(draws)
     whole = np.mean([d.keep.all() for d in draws])
     assert abs(whole - (0.5 + 0.5 * 0.7**12)) < 4 * np.sqrt(0.25 / n)
@@ -138,7 +138,7 @@ def test_rates_are_the_recipe_s() -> None:
 
 
 def test_kept_months_come_in_few_numbers_at_the_same_rate() -> None:
-    keep = np.array([draw(Augment(), 0, epoch, p).keep for epoch in range(5) for p in range(1600)])
+    keep = np.array([draw(BIOMASSTERS, Augment(), 0, epoch, p).keep for epoch in range(5) for p in range(1600)])
     batches = keep.reshape(-1, 8 * T).sum(1)
     assert np.mean(np.isin(batches, (60, 72, 84, 96))) > 0.99
     assert abs(keep.mean() - 0.85) < 0.01 and np.abs(keep.mean(0) - 0.85).max() < 0.02
@@ -148,14 +148,14 @@ def test_kept_months_come_in_few_numbers_at_the_same_rate() -> None:
 
 def test_never_all_months_are_dropped() -> None:
     augment = Augment(month_dropout=1, drop_month=1, months_step=1)
-    keeps = np.array([draw(augment, 0, 0, p).keep for p in range(400)])
+    keeps = np.array([draw(BIOMASSTERS, augment, 0, 0, p).keep for p in range(400)])
     assert (keeps.sum(1) == 1).all()
     assert (keeps.sum(0) > 10).all(), "each month is sometimes the one that stays"
 
 
 def test_angles_and_centres_cover_their_range() -> None:
     augment = Augment(hflip=0, rot90=False, rotate=1)
-    matrices = np.array([draw(augment, 0, 0, p).matrix for p in range(2000)], np.float64)
+    matrices = np.array([draw(BIOMASSTERS, augment, 0, 0, p).matrix for p in range(2000)], np.float64)
     angles = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
     assert angles.min() < -44 and angles.max() > 44 and np.abs(angles).max() <= 45
     # the fixed point of the rotation is its centre
@@ -167,7 +167,7 @@ def test_angles_and_centres_cover_their_range() -> None:
 @pytest.mark.parametrize("turns", range(4))
 def test_flips_and_turns_are_those_of_numpy(flip: bool, turns: int) -> None:
     image = np.random.default_rng(0).integers(0, 1000, (TILE, TILE))
-    matrix = dihedral(flip, turns, np.eye(3))
+    matrix = dihedral(TILE, flip, turns, np.eye(3))
     y, x = np.mgrid[:TILE, :TILE] + 0.5
     source = np.einsum("ij,jyx->iyx", matrix.astype(np.float64), np.stack([x, y, np.ones_like(x)]))
     column, row = (np.floor(source[i]).astype(int) for i in (0, 1))
@@ -178,6 +178,6 @@ def test_flips_and_turns_are_those_of_numpy(flip: bool, turns: int) -> None:
 def test_rotation_by_a_right_angle_is_a_turn() -> None:
     centre = np.array([TILE / 2, TILE / 2])
     turn = rotation(-np.pi / 2, centre)
-    assert np.allclose(dihedral(False, 1, np.eye(3)), turn, atol=1e-4) or np.allclose(
-        dihedral(False, 3, np.eye(3)), turn, atol=1e-4)
-    assert len(draw(Augment(), 0, 0, 0).keep) == T
+    assert np.allclose(dihedral(TILE, False, 1, np.eye(3)), turn, atol=1e-4) or np.allclose(
+        dihedral(TILE, False, 3, np.eye(3)), turn, atol=1e-4)
+    assert len(draw(BIOMASSTERS, Augment(), 0, 0, 0).keep) == T

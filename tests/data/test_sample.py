@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from engine.base.errors import ConfigError, DataError
-from engine.data.dataset import AGBM_DTYPE, MONTHS, S1, S1_NODATA, S2, TILE, T, feature_name, label_name
+from engine.data.biomassters import AGBM_DTYPE, BIOMASSTERS, MONTHS, S1, S1_NODATA, S1_SHAPE, S2, S2_SHAPE, TILE, T
 from engine.data.made import forest, sample
 from engine.data.tiff.checksum import cksum_file
 from engine.data.tiff.tiff import read_into
@@ -42,7 +42,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def label_of(out: Path, chip: str) -> np.ndarray:
     label = np.empty((TILE, TILE), AGBM_DTYPE)
-    read_into(out / "train_agbm" / label_name(chip), label)
+    read_into(out / "train_agbm" / BIOMASSTERS.label_name(chip), label)
     return label
 
 
@@ -59,8 +59,8 @@ def test_files_are_what_the_tables_say(made: tuple[Path, dict[str, Any]]) -> Non
         assert int(row["size"]) == size
         assert row["s3path_eu"] == f"s3://drivendata-competition-biomassters-public-eu/{place}"
     for row in features:
-        sensor = {"S1": S1, "S2": S2}[row["satellite"]]
-        assert row["filename"] == feature_name(row["chip_id"], sensor, MONTHS.index(row["month"]))
+        sensor = ["S1", "S2"].index(row["satellite"])
+        assert row["filename"] == BIOMASSTERS.feature_name(row["chip_id"], sensor, MONTHS.index(row["month"]))
 
 
 @needs_real
@@ -88,17 +88,17 @@ def test_values_are_plausible(made: tuple[Path, dict[str, Any]]) -> None:
     chip = sample.chip_id(SEED, 0)
     assert row["chip_id"] in {chip, sample.chip_id(SEED, 1)}
     for month in range(T):
-        s1 = np.empty(S1.shape, S1.dtype)
-        read_into(out / "train_features" / feature_name(chip, S1, month), s1)
+        s1 = np.empty(S1_SHAPE, S1.values)
+        read_into(out / "train_features" / BIOMASSTERS.feature_name(chip, 0, month), s1)
         blank = (s1 == S1_NODATA).all((0, 1))
         assert np.array_equal(blank, np.repeat(~plan.s1[month], 2))
         assert np.all((s1[..., ~blank] > -45) & (s1[..., ~blank] < 10))
-        path = out / "train_features" / feature_name(chip, S2, month)
+        path = out / "train_features" / BIOMASSTERS.feature_name(chip, 1, month)
         assert path.exists() == plan.s2[month]
         if path.exists():
-            s2 = np.empty(S2.shape, S2.dtype)
+            s2 = np.empty(S2_SHAPE, S2.values)
             read_into(path, s2)
-            assert np.all((s2[..., -1] <= 101) | (s2[..., -1] == 255)) and np.all(s2 <= S2.high)
+            assert np.all((s2[..., -1] <= 101) | (s2[..., -1] == 255)) and np.all(s2 <= S2.span)
     label = label_of(out, chip)
     assert label.min() == 0 and np.isfinite(label).all()
 

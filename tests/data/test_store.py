@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.base.errors import DataError
-from engine.data.dataset import S1, S1_NODATA, S2, TILE, T
+from engine.data.biomassters import BIOMASSTERS, S1, S1_NODATA, S1_SHAPE, S2_SHAPE, TILE, T
 from engine.data.index import Chip
 from engine.data.source import Stack
 from engine.data.store import chip_file
@@ -25,14 +25,14 @@ FORMS = [chip_file.STEPS, chip_file.EXACT]
 def chip_arrays(months: np.ndarray, seed: int = 0, label: bool = True) -> chip_file.Arrays:
     """Noise where there are months, little enough that LZ4 has work to do."""
     rng = np.random.default_rng(seed)
-    s1 = np.full((T, *S1.shape), S1_NODATA, np.float32)
-    s2 = np.zeros((T, *S2.shape), np.uint16)
+    s1 = np.full((T, *S1_SHAPE), S1_NODATA, np.float32)
+    s2 = np.zeros((T, *S2_SHAPE), np.uint16)
     for t in range(T):
         if months[0, t]:
             s1[t] = rng.normal(-12, 3, (TILE, TILE, 1)).astype(np.float32)
         if months[1, t]:
             s2[t] = rng.integers(0, 3000, (TILE, TILE, 1))
-    return chip_file.Arrays(s1, s2, rng.gamma(2, 30, (TILE, TILE)).astype(np.float32) if label else None)
+    return chip_file.Arrays((s1, s2), rng.gamma(2, 30, (TILE, TILE)).astype(np.float32) if label else None)
 
 
 def some_months(*s1: int, s2: tuple[int, ...] = ()) -> np.ndarray:
@@ -43,9 +43,9 @@ def some_months(*s1: int, s2: tuple[int, ...] = ()) -> np.ndarray:
 
 def write(folder: Path, arrays: chip_file.Arrays, months: np.ndarray, form: str) -> Chip:
     path = folder / f"a{chip_file.SUFFIX}"
-    path.write_bytes(chip_file.encode("a", "train", arrays, months, form, {"a_S1_00.tif": (5, 7)}))
+    path.write_bytes(chip_file.encode("a", "train", BIOMASSTERS, arrays, months, form, {"a_S1_00.tif": (5, 7)}))
     there = tuple(tuple(bool(x) for x in row) for row in months)
-    return Chip("a", "train", there, folder, path if arrays.label is not None else None, path)
+    return Chip("a", "train", BIOMASSTERS, there, folder, path if arrays.label is not None else None, path)
 
 
 def read(chip: Chip) -> Stack:
@@ -67,45 +67,45 @@ def test_round_trip(tmp_path: Path, data: st.DataObject, form: str) -> None:
     arrays = chip_arrays(months, data.draw(st.integers(0, 9)), data.draw(st.booleans()))
     for t in np.flatnonzero(months[0]):
         for orbit in data.draw(st.sets(st.sampled_from([0, 2]))):
-            arrays.s1[t, ..., orbit:orbit + 2] = S1_NODATA
+            arrays.images[0][t, ..., orbit:orbit + 2] = S1_NODATA
         row = data.draw(st.integers(0, TILE - 1))
-        arrays.s1[t, row, :7, data.draw(st.integers(0, 3))] = EXTREMES[form]
-    arrays.s2[months[1], 3:5, 7] = data.draw(st.sampled_from([0, 255, 256, 65535]))
+        arrays.images[0][t, row, :7, data.draw(st.integers(0, 3))] = EXTREMES[form]
+    arrays.images[1][months[1], 3:5, 7] = data.draw(st.sampled_from([0, 255, 256, 65535]))
     chip = write(tmp_path, arrays, months, form)
     got = read(chip)
     kept = np.flatnonzero(months.any(0))
     assert got.months.tolist() == kept.tolist()
-    s1 = arrays.s1[kept]
+    s1 = arrays.images[0][kept]
     if form == chip_file.EXACT:
-        np.testing.assert_array_equal(got.s1.view(np.uint32), s1.view(np.uint32))
+        np.testing.assert_array_equal(got.images[0].view(np.uint32), s1.view(np.uint32))
     else:
-        np.testing.assert_array_equal(got.s1 == S1_NODATA, s1 == S1_NODATA)
+        np.testing.assert_array_equal(got.images[0] == S1_NODATA, s1 == S1_NODATA)
         half = 0.005 + np.spacing(np.abs(s1)) / 2  # a float32 near the value
-        assert (np.abs(got.s1.astype(np.float64) - s1) <= half).all()
-    np.testing.assert_array_equal(got.s2, arrays.s2[kept])
+        assert (np.abs(got.images[0].astype(np.float64) - s1) <= half).all()
+    np.testing.assert_array_equal(got.images[1], arrays.images[1][kept])
     np.testing.assert_array_equal(got.label[..., 0], 0 if arrays.label is None else arrays.label)
     head = chip_file.verify_file(tmp_path / f"a{chip_file.SUFFIX}")
     assert not head.sizes[~months.any(0)].any()
-    whole = (arrays.s1 == S1_NODATA).all((1, 2)) & months[0][:, None]
-    assert not head.sizes[:, :head.s1_planes * 4].reshape(T, 4, -1)[whole].any()
+    whole = (arrays.images[0] == S1_NODATA).all((1, 2)) & months[0][:, None]
+    assert not head.sizes[:, :head.planes.bytes[0] * 4].reshape(T, 4, -1)[whole].any()
 
 
 def test_codes_know_the_ends_of_their_reach() -> None:
     ends = np.array([-327.67, 327.67], np.float32)
-    assert chip_file.s1_codes(ends).tolist() == [1, 65535]
+    assert chip_file.codes(ends, S1).tolist() == [1, 65535]
     for beyond in (-327.68, 327.68, np.nan, np.inf, -9998.0):
         with pytest.raises(DataError, match="--lossless"):
-            chip_file.s1_codes(np.array([0, beyond], np.float32))
-    np.testing.assert_array_equal(chip_file.s1_codes(S1.low), chip_file.CODE_LOW)
+            chip_file.codes(np.array([0, beyond], np.float32), S1)
+    np.testing.assert_array_equal(chip_file.codes(S1.zero, S1), S1.code_low)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_is_never_packed(form: str) -> None:
     months = some_months(0)
     arrays = chip_arrays(months)
-    arrays.s1[0, 9, 9, 3] = np.nan
+    arrays.images[0][0, 9, 9, 3] = np.nan
     with pytest.raises(DataError, match="holds NaN"):
-        chip_file.encode("a", "train", arrays, months, form, {})
+        chip_file.encode("a", "train", BIOMASSTERS, arrays, months, form, {})
 
 
 def test_it_is_a_safetensors_file(tmp_path: Path) -> None:

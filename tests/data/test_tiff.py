@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.base.errors import DataError
-from engine.data.dataset import AGBM_DTYPE, S1, S2, TILE
+from engine.data.biomassters import AGBM_DTYPE, S1, S1_SHAPE, S2, S2_SHAPE, TILE
 from engine.data.tiff import tiff
 from tests.conftest import SHARED
 
@@ -23,8 +23,8 @@ REAL = SHARED / "biomassters"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="the real chips (../shared/data) are not here")
 # shape, dtype, rows per strip, first pixel byte, file size
 KINDS = {
-    "S1": (S1.shape, S1.dtype, 2, 948, 1_049_524),
-    "S2": (S2.shape, S2.dtype, 1, 1758, 1_443_550),
+    "S1": (S1_SHAPE, S1.values, 2, 948, 1_049_524),
+    "S2": (S2_SHAPE, S2.values, 1, 1758, 1_443_550),
     "agbm": ((TILE, TILE), AGBM_DTYPE, 8, 338, 262_482),
 }
 
@@ -238,16 +238,16 @@ def test_fill_order(tmp_path: Path) -> None:
 
 
 def test_messages(tmp_path: Path) -> None:
-    out = np.empty(S1.shape, S1.dtype)
-    good = tiff.encode(noise(S1.shape, S1.dtype))
+    out = np.empty(S1_SHAPE, S1.values)
+    good = tiff.encode(noise(S1_SHAPE, S1.values))
     cases = {
         b"": "is empty",
         b"<?xml version='1.0'?><Error>": "is not a TIFF",
         good[:100]: "truncated: 100 of at least",
         good[:-1]: r"truncated: 1049523 of 1049524 bytes",
-        tiff.encode(noise(S2.shape, S2.dtype)): "256 × 256 × 11 uint16, where 256 × 256 × 4 float32 is wanted",
-        tiff.encode(noise(S1.shape, "u2")): "256 × 256 × 4 uint16, where",
-        tiff.encode(noise((128, 256, 4), S1.dtype)): "128 × 256 × 4 float32, where",
+        tiff.encode(noise(S2_SHAPE, S2.values)): "256 × 256 × 11 uint16, where 256 × 256 × 4 float32 is wanted",
+        tiff.encode(noise(S1_SHAPE, "u2")): "256 × 256 × 4 uint16, where",
+        tiff.encode(noise((128, 256, 4), S1.values)): "128 × 256 × 4 float32, where",
     }
     for n, (data, words) in enumerate(cases.items()):
         (tmp_path / f"{n}.tif").write_bytes(data)
@@ -256,7 +256,7 @@ def test_messages(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    out = np.empty(S1.shape, S1.dtype)
+    out = np.empty(S1_SHAPE, S1.values)
     os.mkfifo(tmp_path / "pipe.tif")
     with pytest.raises(DataError, match=r"gone\.tif: is missing"):
         tiff.read_into(tmp_path / "gone.tif", out)

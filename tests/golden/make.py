@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from engine.data import reference
-from engine.data.dataset import AGBM_DTYPE, S1, S2, T, feature_name, label_name
+from engine.data.biomassters import AGBM_DTYPE, BIOMASSTERS, S1, S1_SHAPE, S2, S2_SHAPE, SENSORS, T
 from engine.data.index import open_index
 from engine.data.source import Stack
 from engine.data.tiff import tiff
@@ -100,13 +100,13 @@ def model_numbers(backbone: str) -> dict[str, Any]:
         numbers["eval"] = _sparse(model.eval()(images))
         out = model(images, DROPPED)
         numbers["eval masked"] = _sparse(out)
-        numbers["losses"] = np.array([make_loss(name, ignore_above=400.0)(out, label).item() for name in LOSSES])
+        numbers["losses"] = np.array([make_loss(name, BIOMASSTERS.target)(out, label).item() for name in LOSSES])
     for way in ("kept", "zeroed"):
         model.load_state_dict(weights(names))
         model.train().zero_grad(set_to_none=True)
         model.skip_dropped_months = way == "kept"
         out = model(zeroed, DROPPED)
-        loss = make_loss("per_chip_rmse")(out, label)
+        loss = make_loss("per_chip_rmse", BIOMASSTERS.target)(out, label)
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         statistics = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
@@ -133,11 +133,10 @@ def _sparse(maps: Tensor) -> np.ndarray:
 def read_crop() -> Stack:
     """The chip of `TREE` by the engine's own index and reader."""
     height, width = ROWS.stop - ROWS.start, COLUMNS.stop - COLUMNS.start
-    into = Stack(np.empty((T, height, width, len(S1.bands)), S1.dtype),
-                 np.empty((T, height, width, len(S2.bands)), S2.dtype),
+    into = Stack(BIOMASSTERS, tuple(np.empty((T, height, width, len(sensor.bands)), sensor.values) for sensor in SENSORS),
                  np.empty((height, width, 1), AGBM_DTYPE), np.arange(T))
     chip, = open_index(TREE).chips
-    return TiffSource().read(chip, np.ones(T, bool), into)
+    return TiffSource(BIOMASSTERS).read(chip, np.ones(T, bool), into)
 
 
 def digest(array: np.ndarray) -> str:
@@ -153,7 +152,8 @@ def data_numbers() -> dict[str, Any]:
     in steps of 0.01 dB.
     """
     stack = read_crop()
-    numbers: dict[str, Any] = {"s1": digest(stack.s1), "s2": digest(stack.s2), "label": digest(stack.label),
+    s1, s2 = stack.images
+    numbers: dict[str, Any] = {"s1": digest(s1), "s2": digest(s2), "label": digest(stack.label),
                                "months": stack.months}
     for name, matrix, steps in (("", None, False), ("warped ", turned(), False), ("steps ", None, True)):
         images, target = reference.transform(stack, matrix, steps)
@@ -171,11 +171,11 @@ def turned() -> np.ndarray:
 
 def cut() -> None:
     """Writes `TREE` from the real chip, with as many rows a strip as the real files have."""
-    files = [(f"train_features/{feature_name(CHIP, sensor, month)}", sensor.name)
-             for sensor in (S1, S2) for month in MONTHS] + [(f"train_agbm/{label_name(CHIP)}", "agbm")]
+    files = [(f"train_features/{BIOMASSTERS.feature_name(CHIP, number, month)}", sensor.name)
+             for number, sensor in enumerate((S1, S2)) for month in MONTHS] + [(f"train_agbm/{BIOMASSTERS.label_name(CHIP)}", "agbm")]
     for file, kind in files:
-        whole = np.empty(*{"S1": (S1.shape, S1.dtype), "S2": (S2.shape, S2.dtype),
-                           "agbm": (S1.shape[:2], AGBM_DTYPE)}[kind])
+        whole = np.empty(*{"S1": (S1_SHAPE, S1.values), "S2": (S2_SHAPE, S2.values),
+                           "agbm": (S1_SHAPE[:2], AGBM_DTYPE)}[kind])
         tiff.read_into(REAL / file, whole)
         (TREE / file).parent.mkdir(parents=True, exist_ok=True)
         tiff.write(TREE / file, whole[ROWS, COLUMNS], STRIP_ROWS[kind])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.dataset import TILE, T
+from engine.data.biomassters import BIOMASSTERS, TILE, T
 from engine.data.index import open_index
 from engine.data.source import empty_stack
 from engine.data.tiff import tiff
@@ -14,7 +14,7 @@ from engine.inference.pictures import Scatter, chip_figure, pixels, quicklook, s
 
 def test_a_panel_shows_all_four_and_says_which_chip(sample: Path, tmp_path: Path) -> None:
     chip = open_index(sample).split("train")[0]
-    stack = TiffSource().read(chip, np.ones(T, bool), empty_stack())
+    stack = TiffSource(BIOMASSTERS).read(chip, np.ones(T, bool), empty_stack(BIOMASSTERS))
     truth = stack.label[..., 0]
     figure = chip_figure(chip.id, stack, truth + 3, truth)
     titles = [axis.get_title() for axis in figure.axes]
@@ -29,23 +29,23 @@ def test_a_panel_shows_all_four_and_says_which_chip(sample: Path, tmp_path: Path
 
 def test_the_clearest_month_is_shown(sample: Path) -> None:
     chip = open_index(sample).split("train")[0]
-    stack = TiffSource().read(chip, np.ones(T, bool), empty_stack())
-    stack.s2[:, :, :, 10] = 90
-    stack.s2[8, :, :, 10] = 1
+    stack = TiffSource(BIOMASSTERS).read(chip, np.ones(T, bool), empty_stack(BIOMASSTERS))
+    stack.images[1][:, :, :, 10] = 90
+    stack.images[1][8, :, :, 10] = 1
     image, title = quicklook(stack)
     assert title == "Sentinel-2, May" and image.shape == (TILE, TILE, 3) and 0 <= image.min() < image.max() <= 1
-    stack.s2[:] = 0
+    stack.images[1][:] = 0
     assert quicklook(stack)[1] == "Sentinel-1, September"
 
 
 def test_the_scatter_counts_every_pixel() -> None:
-    scatter = Scatter()
+    scatter = Scatter(BIOMASSTERS.target, 450.0)
     rng = np.random.default_rng(0)
     for _ in range(3):
         truth = rng.gamma(2, 30, (64, 64)).astype(np.float32)
         scatter.add(truth - 20, truth + 1000)  # beyond the edges: counted there
     assert scatter.counts.sum() == 3 * 64 * 64
-    scatter = Scatter()
+    scatter = Scatter(BIOMASSTERS.target, 450.0)
     scatter.add(np.full((4, 4), 100.0), np.full((4, 4), 200.0))
     row, column = (int(i[0]) for i in np.nonzero(scatter.counts))
     assert scatter.edges[row] <= 200 < scatter.edges[row + 1], "rows are the truth"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from engine.data.dataset import AGBM_IGNORE_ABOVE, S1_NODATA
+from engine.data.biomassters import AGBM_IGNORE_ABOVE, S1_NODATA
 from engine.data.tiff import tiff
 from engine.training.losses import LOSSES
 from tests.golden.make import BACKBONES, GOLDEN, MONTHS, STRIP_ROWS, TREE, data_numbers, model_numbers, read_crop
@@ -96,6 +96,6 @@ def test_real_values_are_read_and_normalised() -> None:
 def test_the_crop_has_what_makes_real_data_hard() -> None:
     stack = read_crop()
     assert stack.months.tolist() == list(MONTHS)
-    blank = (stack.s1 == S1_NODATA).all((1, 2))
+    blank = (stack.images[0] == S1_NODATA).all((1, 2))
     assert blank.tolist() == [[False, False, True, True], [False] * 4]
-    assert (stack.label > AGBM_IGNORE_ABOVE).any() and stack.s2[..., -1].any()
+    assert (stack.label > AGBM_IGNORE_ABOVE).any() and stack.images[1][..., -1].any()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.base.errors import ConfigError, DataError, WeightsError
+from engine.data.biomassters import BIOMASSTERS
 from engine.model import backbones
 from engine.model.tensors import read_tensors
 from engine.model.unet import BiomassUNet, MonthAttention, parameter_counts
@@ -80,7 +81,7 @@ def test_named_weights_output_and_losses(named: BiomassUNet) -> None:
     assert_close(pred[0, 0], expected["eval"])
 
     def loss(name: str, ignore_above: float | None) -> float:
-        return make_loss(name, ignore_above=ignore_above)(pred, target).item()
+        return make_loss(name, BIOMASSTERS.target, ignore_above=ignore_above)(pred, target).item()
 
     assert loss("per_chip_rmse", 400.0) == pytest.approx(float(expected["eval_loss_nrmse"]), rel=1e-9)
     assert loss("per_chip_rmse", None) == pytest.approx(float(expected["eval_loss_rmse"]), rel=1e-9)
@@ -98,7 +99,7 @@ def test_named_weights_training_step(named: BiomassUNet) -> None:
     pred = named.train()(*masked(images().double(), 1, 4, 9))
     named.skip_dropped_months = True
     assert_close(pred[0, 0].detach(), expected["train_out"])
-    loss = make_loss("per_chip_rmse")(pred, label().double())
+    loss = make_loss("per_chip_rmse", BIOMASSTERS.target)(pred, label().double())
     assert loss.item() == pytest.approx(float(expected["train_loss"]), rel=1e-9)
     loss.backward()
     parameters = dict(named.named_parameters())

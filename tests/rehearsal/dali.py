@@ -24,14 +24,14 @@ from nvidia.dali import Pipeline
 from nvidia.dali.types import DALIDataType
 
 from engine.data import pipeline
-from engine.data.store.chip_file import PLANE
+from engine.data.biomassters import TILE
 from tests.rehearsal.device import Device, Mistake, Stream, poison
 
 
 def inflated(data: np.ndarray, tables: list[np.ndarray]) -> list[np.ndarray]:
-    """In nvCOMP's place: [blocks, PLANE] uint8 of each pair of offsets and sizes."""
+    """In nvCOMP's place: [blocks, TILE²] uint8 of each pair of offsets and sizes."""
     raw = data.tobytes()
-    return [np.stack([np.frombuffer(lz4.block.decompress(raw[a:a + n], uncompressed_size=PLANE), np.uint8)
+    return [np.stack([np.frombuffer(lz4.block.decompress(raw[a:a + n], uncompressed_size=TILE * TILE), np.uint8)
                       for a, n in zip(offsets.tolist(), sizes.tolist())])
             for offsets, sizes in zip(tables[::2], tables[1::2])]
 
@@ -39,7 +39,7 @@ def inflated(data: np.ndarray, tables: list[np.ndarray]) -> list[np.ndarray]:
 _build = pipeline.build
 
 
-def build(feed: pipeline.Feed, *, form: str, batch_size: int, device_id: int | None, threads: int, prefetch: int,
+def build(feed: pipeline.Feed, *, form: pipeline.Form, batch_size: int, device_id: int | None, threads: int, prefetch: int,
           half: bool, warp: bool) -> Rehearsed:
     fed: deque[list[tuple[np.ndarray, int]]] = deque()
 
@@ -48,23 +48,23 @@ def build(feed: pipeline.Feed, *, form: str, batch_size: int, device_id: int | N
         fed.append([(array, _sum(array)) for some in arrays for array in some])
         if device_id is None:
             return arrays
-        count = len(pipeline.FORMS[form].layouts)
+        count = len(form.layouts)
         stored, rest = list(arrays[:count]), list(arrays[count:])
-        if pipeline.FORMS[form].gpu_only:
+        if form.gpu_only:
             stored = list(map(list, zip(*(inflated(chip[0], list(chip[1:])) for chip in zip(*stored)))))
         elif warp:
             rest.append([np.array(True)] * batch_size)  # which the CPU's graph asks
         return *stored, *rest
 
     options = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": prefetch}
-    if device_id is None or not pipeline.FORMS[form].gpu_only:
+    if device_id is None or not form.gpu_only:
         pipe = _build(watched, form=form, batch_size=batch_size, device_id=None, threads=threads, prefetch=prefetch,
                       half=half, warp=warp)
     else:
         pipeline.define(feed, form=form, batch_size=batch_size, device_id=device_id, threads=threads,
                         prefetch=prefetch, half=half, warp=warp)  # what it refuses
         with Pipeline(**options, device_id=None) as pipe:
-            count = len(pipeline.FORMS[form].layouts) // 2
+            count = len(form.layouts) // 2
             inputs = list(fn.external_source(source=watched, num_outputs=count + warp, batch=True))
             stored = pipeline.assemble(form, inputs[:count])
             dtype = DALIDataType.FLOAT16 if half else DALIDataType.FLOAT

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.rehearsal.device import Device
 from tests.rehearsal.dali import dali
+from tests.rehearsal.device import Device
 
 
 def main() -> None:

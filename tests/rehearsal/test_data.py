@@ -16,6 +16,7 @@ from engine.config import Augment
 from engine.data import loader as loading
 from engine.data import pipeline
 from engine.data.batch import Produced, Request
+from engine.data.biomassters import BIOMASSTERS
 from engine.data.forms import open_source
 from engine.data.handoff import Handoff
 from engine.data.index import open_index
@@ -44,7 +45,7 @@ def requests(root: Path) -> list[list[Request]]:
     chips = open_index(root).split("train")
     found = []
     for n in range(N):
-        how = draw(Augment(rotate=0.5), 3, 0, n)
+        how = draw(BIOMASSTERS, Augment(rotate=0.5), 3, 0, n)
         keep = how.keep.copy()
         keep[2:] = False
         keep[n % 2] = True

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.base.progress import Progress
 from engine.data import pipeline
 from engine.data.batch import Batch
-from engine.data.dataset import TILE
+from engine.data.biomassters import BIOMASSTERS, TILE
 from engine.data.index import open_index
 from engine.inference import cudagraphs
 from engine.inference.chips import predict_batch
@@ -283,7 +283,7 @@ def test_the_forward_under_autocast(monkeypatch: pytest.MonkeyPatch, dtype: torc
             assert tensor.device == CUDA and tensor.dtype == dtype
             # without a driver, torch takes cuDNN for one that has no bfloat16
             assert dtype == torch.bfloat16 or tensor.is_contiguous(memory_format=torch.channels_last)
-        loss = make_loss("per_chip_rmse")(out, torch.empty(2, 64, 64, device=CUDA))
+        loss = make_loss("per_chip_rmse", BIOMASSTERS.target)(out, torch.empty(2, 64, 64, device=CUDA))
         assert loss.device == CUDA and loss.dtype == torch.float32
 
 

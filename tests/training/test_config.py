@@ -7,6 +7,7 @@ import yaml
 
 from engine.base.errors import ConfigError
 from engine.config import Config, load_config, parse_config
+from engine.data.biomassters import BIOMASSTERS
 from engine.data.plan import Sharding
 from engine.training.cut import cut
 from engine.training.deepspeed import deepspeed_config
@@ -95,7 +96,7 @@ def make(**sections: object) -> Config:
 def test_the_deepspeed_config(stage: int) -> None:
     config = make(train={"global_batch": 24, "micro_batch": 3, "zero_stage": stage, "precision": "bf16"},
                   deepspeed={"zero_optimization": {"reduce_bucket_size": 5}, "wall_clock_breakdown": True})
-    derived = deepspeed_config(config, cut(config, 4))
+    derived = deepspeed_config(config, cut(config, BIOMASSTERS, 4))
     assert derived["train_batch_size"] == 24 and derived["train_micro_batch_size_per_gpu"] == 3
     assert derived["gradient_accumulation_steps"] == 2
     overlap = {"overlap_comm": True} if stage in (1, 2) else {}

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from engine.base.errors import ConfigError
+from engine.data.biomassters import BIOMASSTERS
 from engine.training.losses import LOSSES, make_loss, per_chip_rmse, rmse
 
 NAMES = list(LOSSES)
+TARGET = BIOMASSTERS.target
 
 
 def batch(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,20 +45,22 @@ def expected(name: str, pred: np.ndarray, target: np.ndarray, ignore_above: floa
 def test_values(name: str, ignore_above: float | None) -> None:
     pred, target = batch()
     assert (target >= 400).any()
-    loss = make_loss(name, ignore_above=ignore_above)(pred, target)
+    loss = make_loss(name, TARGET, ignore_above=ignore_above)(pred, target)
     assert loss.item() == pytest.approx(expected(name, pred.numpy(), target.numpy(), ignore_above), rel=1e-12)
 
 
 def test_the_threshold_itself_is_ignored() -> None:
     target = torch.tensor([[[400.0, 10.0]]])
-    assert per_chip_rmse(torch.zeros(1, 1, 1, 2), target).item() == pytest.approx(10.0)
+    assert per_chip_rmse(torch.zeros(1, 1, 1, 2), target, 400.0).item() == pytest.approx(10.0)
 
 
-def test_defaults_are_the_winners() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_by_default_the_description_says_what_is_ignored(name: str) -> None:
     pred, target = batch()
-    assert make_loss("per_chip_rmse")(pred, target) == per_chip_rmse(pred, target, 400.0)
-    for name in ("rmse", "mae", "huber", "rmse_focal"):
-        assert make_loss(name)(pred, target) == make_loss(name, ignore_above=None)(pred, target)
+    assert make_loss(name, TARGET)(pred, target) == LOSSES[name](pred, target, ignore_above=400.0)
+    other = TARGET.model_copy(update={"ignore_above": None})
+    assert make_loss(name, other)(pred, target) == LOSSES[name](pred, target)
+    assert make_loss(name, TARGET, ignore_above=None)(pred, target) == LOSSES[name](pred, target)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +78,7 @@ def test_value_and_gradient_are_finite(name: str, dtype: torch.dtype, corner: st
     if corner == "tiny error":
         pred, target = torch.full_like(pred, 1e-30), torch.zeros_like(target)  # its square is no float32
     pred.requires_grad_()
-    loss = make_loss(name, ignore_above=400.0)(pred, target)
+    loss = make_loss(name, TARGET, ignore_above=400.0)(pred, target)
     loss.backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
@@ -90,23 +94,23 @@ def test_value_and_gradient_are_finite(name: str, dtype: torch.dtype, corner: st
 
 def test_a_chip_without_valid_pixels_does_not_change_the_others_gradients() -> None:
     pred, target = batch(2)
-    full = torch.autograd.grad(per_chip_rmse(pred.requires_grad_(), target), pred)[0]
+    full = torch.autograd.grad(per_chip_rmse(pred.requires_grad_(), target, 400.0), pred)[0]
     target = target.clone()
     target[1] = 500
-    less = torch.autograd.grad(per_chip_rmse(pred, target), pred)[0]
+    less = torch.autograd.grad(per_chip_rmse(pred, target, 400.0), pred)[0]
     torch.testing.assert_close(full[[0, 2]], less[[0, 2]], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name: str) -> None:
     pred, target = batch(3)
-    assert torch.autograd.gradcheck(lambda p: make_loss(name, ignore_above=400.0)(p, target), pred.requires_grad_())
+    assert torch.autograd.gradcheck(lambda p: make_loss(name, TARGET, ignore_above=400.0)(p, target), pred.requires_grad_())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_inside_autocast(name: str) -> None:
     pred, target = batch(4, torch.float32)
-    loss = make_loss(name)
+    loss = make_loss(name, TARGET)
     with torch.autocast("cpu", torch.bfloat16):
         inside = loss(pred, target)
     assert inside == loss(pred, target)
@@ -117,7 +121,7 @@ def test_float32_inside_autocast(name: str) -> None:
 def test_nan_in_a_label_is_seen(name: str) -> None:
     pred, target = batch(5)
     target[0, 0, 0] = math.nan
-    assert torch.isnan(make_loss(name, ignore_above=400.0)(pred, target))
+    assert torch.isnan(make_loss(name, TARGET, ignore_above=400.0)(pred, target))
 
 
 def test_mean_over_equal_shards_is_the_batch() -> None:
@@ -136,12 +140,12 @@ def test_shapes_do_not_broadcast() -> None:
 
 def test_names_and_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="'per_chip_rsme' is unknown; nearest: 'per_chip_rmse'"):
-        make_loss("per_chip_rsme")
+        make_loss("per_chip_rsme", TARGET)
     with pytest.raises(ConfigError, match=r"loss.options of huber: 'detla' is unknown; nearest: 'delta'"):
-        make_loss("huber", detla=3)
+        make_loss("huber", TARGET, detla=3)
     with pytest.raises(ConfigError, match="delta is 0"):
-        make_loss("huber", delta=0)
+        make_loss("huber", TARGET, delta=0)
     with pytest.raises(ConfigError, match="not of the right type"):
-        make_loss("mae", ignore_above="400")
+        make_loss("mae", TARGET, ignore_above="400")
     with pytest.raises(ConfigError, match="'pred' is unknown"):
-        make_loss("mae", pred=1)
+        make_loss("mae", TARGET, pred=1)
