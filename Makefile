@@ -1,9 +1,12 @@
-# make demo   makes .venv, data, a small model and pictures     make test   makes .venv and runs the tests
+# make demo         makes .venv, data, a small model and pictures
+# make test         makes .venv, checks style, types and layers, runs the tests
+# make test-quick   the same without whole runs, the rehearsal and benchmarks (tests/README.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_CHIPS ?= 48
+QUICK := $(addprefix tests/,base run data model training inference kernels test_layering.py test_docs.py)
 
-.PHONY: install demo test coverage lint gpu-check clean
+.PHONY: install demo test test-quick coverage lint gpu-check clean
 
 install: .venv/.installed
 
@@ -24,6 +27,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
+
+test-quick: lint
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20 -m "not slow" $(QUICK)
 
 coverage: lint
 	$(BIN)/coverage erase

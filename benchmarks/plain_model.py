@@ -2,7 +2,7 @@
 
 Every month passes through the encoder, dropped ones as well; the attention holds logits and weights of all months and
 masks them; convolutions see NCHW; timm's backbone is timm's; gates are added before they multiply; nothing is
-compiled.  This is how the 1st-place solution computes (DESIGN §3).  Parameters and their names are
+compiled.  This is how the 1st-place solution computes.  Parameters and their names are
 `engine.model.unet.BiomassUNet`'s.
 """
 

@@ -1,7 +1,7 @@
 """Which chips there are, which months each has, and where the files lie.
 
-The only module that knows the folder layouts and CSV names of DESIGN §2.  A folder is read from its CSV files
-where they exist and from file names where they do not; both give the same `Index`.
+The only module that knows the folder layouts and CSV names, which docs/data.md describes.  A folder is read from its
+CSV files where they exist and from file names where they do not; both give the same `Index`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_without_a_warp_it_is_the_reference(real_data: Path, backend: str) -> No
 
 
 def test_real_values_are_normalised_as_the_winner_s(real_data: Path) -> None:
-    """Against tifffile and the formulas of DESIGN §2, written out once more."""
+    """Against tifffile and the formulas of docs/data.md, written out once more."""
     import tifffile
 
     chip = open_index(real_data).by_id()["0060c0a5"]

@@ -189,7 +189,7 @@ def test_patterns_are_those_of_the_challenge() -> None:
 def test_missing_rates_over_many_chips() -> None:
     plans = [sample.plan_chip(SEED, n, "train") for n in range(3000)]
     s2, s1 = np.stack([p.s2 for p in plans]), np.stack([p.s1 for p in plans])
-    # DESIGN §2 and the real metadata, September first; 3.5 standard errors of 3,000 chips are 0.032 at most.
+    # The training chips of docs/data.md, September first; 3.5 standard errors of 3,000 chips are 0.032 at most.
     real = [0.2105, 0.2105, 0.2955, 0.8560, 0.3967, 0.2105, 0.0596, 0, 0, 0, 0, 0]
     assert np.allclose(1 - s2.mean(0), real, atol=0.032)
     assert np.array_equal(1 - s2.mean(0) == 0, np.array(real) == 0)
