@@ -134,7 +134,7 @@ def test_bad_csvs(copy: Path) -> None:
 
 
 def test_the_challenge_s_metadata() -> None:
-    """docs/data.md from the real rows: 11,462 chips; 16.5 % of the S2 files missing, December 84 %, none from April on."""
+    """docs/data.md from the real rows: 11,462 chips; 16.5 % of S2 files missing, December 84 %, none from April on."""
     path = SHARED / "features_metadata_public_columns.csv.gz"
     if not path.exists():
         pytest.skip(f"{path} does not exist on this machine")
