@@ -24,8 +24,9 @@ def arguments() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="make data in the original layout")
     sample.add_argument("--out", required=True, type=Path)
-    sample.add_argument("--chips", required=True, type=int, help="labelled chips")
-    sample.add_argument("--test-chips", type=int, default=0, help="chips without label (default: 0)")
+    sample.add_argument("--chips", required=True, type=int, help="training chips")
+    sample.add_argument("--test-chips", type=int, default=0,
+                        help="chips of the test split, with labels in test_agbm/ (default: 0)")
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=run_sample)
 

@@ -61,7 +61,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from engine.data.made.sample import make_sample
 
     folder = tmp_path_factory.mktemp("sample") / "data"
-    make_sample(folder, 8, 5, test_chips=2)
+    make_sample(folder, 8, 5, test_chips=2, test_labels=False)
     return folder
 
 
@@ -77,7 +77,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from engine.data.tiff import tiff
 
     root = tmp_path_factory.mktemp("tree") / "data"
-    make_sample(root, 3, 7, test_chips=1)
+    make_sample(root, 3, 7, test_chips=1, test_labels=False)
     for csv in root.glob("*.csv"):
         csv.unlink()  # they are no longer right after what follows
     for chip in open_index(root).chips[1:]:

@@ -1,31 +1,37 @@
 """Which chips there are, which months each has, and where the files lie.
 
-The only module that knows the folder layouts and CSV names, which docs/data.md describes.  A folder is read from its
-CSV files where they exist and from file names where they do not; both give the same `Index`.
+The only module that knows how folders are laid out and how the CSVs are named (docs/data.md).  A folder is read from
+its CSV files where they exist and from file names where they do not; both give the same `Index`.
+
+The whole challenge is 261,115 files, so an index is made from names alone: every folder is listed once, a chip's months
+are bits of one integer until its `Chip` is made, and no object is made for a file (benchmarks/index.py).
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from engine.base.errors import DataError
 from engine.data.dataset import FILE, Dataset, load_dataset, parse_dataset
 from engine.data.store import chip_file
 from engine.data.tiff.checksum import cksum_file
 
-# Names under which the two CSVs are found in the wild
+# Names under which the two CSVs are found in the wild; several of one kind are fine where they hold the same
 FEATURE_CSVS = ("*features_metadata*.csv", "*features_metadata*.csv.gz")
 LABEL_CSVS = ("*train_agbm_metadata*.csv", "*train_agbm_metadata*.csv.gz")
-
+# The names that other libraries look for (docs/other-libraries.md): torchgeo, TerraTorch
+FEATURE_CSVS_ELSEWHERE = ("biomassters_features_metadata.csv", "The_BioMassters_-_features_metadata.csv.csv")
 
 @dataclass(frozen=True)
 class Chip:
@@ -79,7 +85,11 @@ class Index:
     root: Path
     dataset: Dataset
     chips: tuple[Chip, ...]
-    files: tuple[Published, ...]  # rows of the CSVs; empty where the folder has none
+
+    @cached_property
+    def files(self) -> tuple[Published, ...]:
+        """Rows of the CSVs, read when they are first asked for; empty where the folder has none."""
+        return () if is_store(self.root) else tuple(read_metadata(self.root, self.dataset))
 
     def __len__(self) -> int:
         return len(self.chips)
@@ -104,22 +114,24 @@ def open_index(root: Path | str, dataset: Dataset | None = None) -> Index:
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the one that holds train_features/ and train_agbm/, or make "
-                        f"one with `python launch/prepare.py sample --out {root} --chips 16`")
+        raise DataError(f"{root}: no such folder; give the one that holds the chips, or make one with "
+                        f"`python launch/prepare.py sample --out {root} --chips 16`")
     if is_store(root):
         return _open_store(root)
     dataset = dataset_at(root, dataset)
-    files = tuple(read_metadata(root))
-    on_disk = {path.name: path for path in _tiffs(root, dataset)}
-    expected = f"expected {_example(dataset)} in {dataset.folders.train}/ or {dataset.folders.test}/"
-    if not on_disk:
+    csvs = [path for patterns in (FEATURE_CSVS, LABEL_CSVS) if (path := _find_csv(root, patterns))]
+    listed = {row.name for path in csvs for row in _rows(path)}
+    tiffs = {folder: _tiffs(folder) for folder in _folders(root, dataset)}
+    names = dataset.folders
+    expected = f"expected {_example(dataset)} in {names.train}/ or {names.test}/"
+    if not any(tiffs.values()):
         raise DataError(f"{root}: no chips here; {expected}, or in the folder itself")
-    if files:
-        _agree(root, dataset, files, on_disk)
-    chips = _chips(on_disk, dataset)
+    if listed:
+        _agree(root, dataset, listed, set().union(*tiffs.values()))
+    chips = _chips(tiffs, dataset)
     if not chips:
         raise DataError(f"{root}: only labels here; {expected}")
-    return Index(root, dataset, tuple(chips), files)
+    return Index(root, dataset, tuple(chips))
 
 
 def dataset_at(root: Path, dataset: Dataset | None = None) -> Dataset:
@@ -142,17 +154,17 @@ def _open_store(root: Path) -> Index:
     manifest = read_manifest(root)
     dataset = parse_dataset(manifest["dataset"], f"{root / chip_file.MANIFEST}, dataset")
     folder = root / chip_file.CHIPS
-    there = {path.name for path in folder.glob(f"*{chip_file.SUFFIX}")}
+    there = set(_names(folder)) if folder.is_dir() else set()
+    row = cache(lambda months: tuple(month == "1" for month in months))  # few chips have months of their own
     chips = []
     for entry in manifest["chips"]:
-        path = folder / f"{entry['id']}{chip_file.SUFFIX}"
-        if path.name not in there:
+        name = f"{entry['id']}{chip_file.SUFFIX}"
+        path = folder / name
+        if name not in there:
             raise DataError(f"{path}: is in {chip_file.MANIFEST} but not on disk; {chip_file.REMEDY}")
-        chips.append(Chip(entry["id"], entry["split"], dataset,
-                          tuple(tuple(month == "1" for month in entry["months"][sensor.name])
-                                for sensor in dataset.sensors),
-                          folder, path if entry["label"] else None, path))
-    return Index(root, dataset, tuple(chips), ())
+        months = tuple(row(entry["months"][sensor.name]) for sensor in dataset.sensors)
+        chips.append(Chip(entry["id"], entry["split"], dataset, months, folder, path if entry["label"] else None, path))
+    return Index(root, dataset, tuple(chips))
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -175,113 +187,160 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _tiffs(root: Path, dataset: Dataset) -> Iterator[Path]:
+def _folders(root: Path, dataset: Dataset) -> list[Path]:
+    """The folders of a tree; one that has none of them is flat, and holds all files itself."""
     names = dataset.folders
-    folders = [f for f in (root / names.train, root / names.test, root / names.target) if f.is_dir()]
-    for folder in folders or [root]:
-        yield from folder.glob("*.tif")
+    folders = [root / name for name in (names.train, names.test, names.target, names.test_target)]
+    return [folder for folder in folders if folder.is_dir()] or [root]
 
 
-def _chips(on_disk: dict[str, Path], dataset: Dataset) -> list[Chip]:
-    months: dict[str, np.ndarray] = {}
+def _tiffs(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if name.endswith(".tif")]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); mend its permissions or its disk") from None
+
+
+def _chips(tiffs: dict[Path, list[str]], dataset: Dataset) -> list[Chip]:
+    """Chips by id, of the names of the TIFFs in each folder."""
+    steps = dataset.months
+    months: dict[str, int] = {}  # chip -> a bit for each of its images, sensor by sensor
     folders: dict[str, Path] = {}
-    labels: dict[str, Path] = {}
-    for name, path in on_disk.items():
-        found = _parse(name, dataset)
-        if found is None:
-            raise DataError(f"{path}: not a name of this data ({_example(dataset)}, {dataset.label_name('{chip}')}); "
-                            f"move it away")
-        chip, sensor, month = found
-        if sensor is None:
-            labels[chip] = path
-            continue
-        if month is not None and month >= dataset.months:
-            raise DataError(f"{path}: month {month} does not exist (00 is {dataset.steps[0]}, {dataset.months - 1} "
-                            f"{dataset.steps[-1]})")
-        months.setdefault(chip, np.zeros((len(dataset.sensors), dataset.months), bool))[
-            sensor, slice(None) if month is None else month] = True
-        if folders.setdefault(chip, path.parent) != path.parent:
-            raise DataError(f"{path}: chip {chip} lies in {folders[chip]} as well; keep one of them")
-    return [
-        Chip(chip, "test" if folders[chip].name == dataset.folders.test else "train", dataset,
-             tuple(tuple(bool(x) for x in row) for row in have), folders[chip], labels.get(chip))
-        for chip, have in sorted(months.items())
-    ]
+    labels: dict[str, Path] = {}  # chip -> the folder of its label
+    for folder, names in tiffs.items():
+        for name in names:
+            found = _parsed(name, dataset)
+            if found is None:
+                raise DataError(f"{folder / name}: not a name of this data ({_example(dataset)}, "
+                                f"{dataset.label_name('{chip}')}); move it away")
+            chip, sensor, step = found
+            if sensor is None:
+                if labels.setdefault(chip, folder) is not folder:
+                    raise DataError(f"{folder / name}: lies in {labels[chip]} as well; keep one of them")
+                continue
+            if step >= steps:
+                raise DataError(f"{folder / name}: month {step} does not exist (00 is {dataset.steps[0]}, "
+                                f"{steps - 1:02d} {dataset.steps[-1]})")
+            bits = (1 << steps) - 1 if dataset.sensors[sensor].static else 1 << step
+            months[chip] = months.get(chip, 0) | bits << sensor * steps
+            if folders.setdefault(chip, folder) is not folder:
+                raise DataError(f"{folder / name}: chip {chip} lies in {folders[chip]} as well; keep one of them")
+    rows = cache(lambda bits: tuple(tuple(bool(bits >> s * steps + t & 1) for t in range(steps))
+                                    for s in range(len(dataset.sensors))))  # few chips have months of their own
+    return [Chip(chip, "test" if folders[chip].name == dataset.folders.test else "train", dataset, rows(have),
+                 folders[chip], labels[chip] / dataset.label_name(chip) if chip in labels else None)
+            for chip, have in sorted(months.items())]
 
 
-def _parse(name: str, dataset: Dataset) -> tuple[str, int | None, int | None] | None:
-    """(chip, sensor, step) of a file's name; no sensor for a label, no step for a static image; None for neither."""
+def _parsed(name: str, dataset: Dataset) -> tuple[str, int | None, int] | None:
+    """(chip, sensor, step) of a file's name; no sensor for a label, step 0 for a static image; None for other names."""
     for number, pattern in enumerate(dataset.names):
         if match := pattern.fullmatch(name):
             if number == len(dataset.sensors):
-                return match["chip"], None, None
-            return match["chip"], number, None if dataset.sensors[number].static else int(match["step"])
+                return match["chip"], None, 0
+            return match["chip"], number, 0 if dataset.sensors[number].static else int(match["step"])
     return None
 
 
-def _agree(root: Path, dataset: Dataset, files: Iterable[Published], on_disk: dict[str, Path]) -> None:
-    def is_feature(name: str) -> bool:
-        found = _parse(name, dataset)
-        return found is not None and found[1] is not None
+def _agree(root: Path, dataset: Dataset, listed: set[str], on_disk: set[str]) -> None:
+    def chip_of(name: str) -> str | None:
+        """Of an image; None for other files."""
+        found = _parsed(name, dataset)
+        return found[0] if found is not None and found[1] is not None else None
 
-    listed = {file.path.name for file in files}
-    absent = sorted(listed - on_disk.keys())
+    absent = listed - on_disk
     if absent:
         # One folder often holds a part of the challenge with its whole CSV: chips of which nothing is there are fine.
-        started = {name.split("_")[0] for name in on_disk if is_feature(name)}
-        holes = [name for name in absent if name.split("_")[0] in started]
+        started = {chip_of(name) for name in on_disk} - {None}
+        holes = sorted(name for name in absent if (_parsed(name, dataset) or (None,))[0] in started)
         if holes:
             raise DataError(f"{root}: {len(holes)} files are in the metadata CSV but not on disk, first {holes[0]}; "
                             f"download them (`launch/prepare.py verify --data {root}` lists all)")
-    features_listed = any(map(is_feature, listed))
-    extra = sorted(name for name in on_disk.keys() - listed
-                   if is_feature(name) and features_listed)
-    if extra:
+    extra = sorted(name for name in on_disk - listed if chip_of(name))
+    if extra and any(map(chip_of, listed)):
         raise DataError(f"{root}: {len(extra)} files are on disk but not in the metadata CSV, first {extra[0]}; "
                         f"move them away or remove the CSV to index by file names")
 
 
-def read_metadata(root: Path) -> Iterator[Published]:
+class _Row(NamedTuple):
+    """A row of a metadata CSV."""
+
+    name: str
+    split: str  # "" in the labels' CSV, which has no such column
+    size: int | None
+    cksum: int | None
+    url: dict[str, str]  # region -> s3 path
+
+
+def read_metadata(root: Path, dataset: Dataset | None = None) -> Iterator[Published]:
     """The rows of the metadata CSVs in `root` as files with their published size and checksum."""
-    features, labels = _find_csv(root, FEATURE_CSVS), _find_csv(root, LABEL_CSVS)
-    split_folder = (root / "train_features").is_dir() or (root / "test_features").is_dir()
-    if features:
-        for row in _rows(features, {"filename"}):
-            split = row.get("split") or "train"
-            yield _published(root / f"{split}_features" if split_folder else root, row, features)
-    if labels:
-        for row in _rows(labels, {"filename"}):
-            yield _published(root / "train_agbm" if (root / "train_agbm").is_dir() else root, row, labels)
+    names = dataset_at(root, dataset).folders
+    folders = {"train": root / names.train, "test": root / names.test}
+    split_folders = any(folder.is_dir() for folder in folders.values())
+    if features := _find_csv(root, FEATURE_CSVS):
+        for row in _rows(features):
+            folder = folders.get(row.split or "train", root / f"{row.split}_features") if split_folders else root
+            yield Published(folder / row.name, row.size, row.cksum, row.url)
+    if labels := _find_csv(root, LABEL_CSVS):
+        folder = root / names.target
+        folder = folder if folder.is_dir() else root
+        for row in _rows(labels):
+            yield Published(folder / row.name, row.size, row.cksum, row.url)
 
 
 def _find_csv(root: Path, patterns: tuple[str, ...]) -> Path | None:
     found = sorted({path for pattern in patterns for path in root.glob(pattern)})
-    if len(found) > 1:
-        raise DataError(f"{root}: several metadata files of one kind: {', '.join(p.name for p in found)}; keep one")
+    for path in found:
+        if not path.exists():
+            raise DataError(f"{path}: is a link to nothing; remove it, or bring back {path.readlink()}")
+    for other in found[1:]:
+        if not same_content(found[0], other):
+            raise DataError(f"{root}: {found[0].name} and {other.name} are metadata of one kind and differ; keep one")
     return found[0] if found else None
 
 
-def _rows(path: Path, required: set[str]) -> Iterator[dict[str, str]]:
-    opener: Callable[..., object] = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", newline="", encoding="utf-8-sig") as handle:  # type: ignore[attr-defined]
-        reader = csv.DictReader(handle)
-        lacking = required - set(reader.fieldnames or ())
-        if lacking:
-            raise DataError(f"{path}: column {', '.join(sorted(lacking))} is missing; is this the challenge's CSV?")
-        for number, row in enumerate(reader, start=2):
-            if not row["filename"]:
-                raise DataError(f"{path}:{number}: empty filename; download the CSV again")
-            yield row
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two CSVs are one file, or hold the same bytes (decompressed, where they end in .gz)."""
+    if one.samefile(other):
+        return True
+    with _open(one) as a, _open(other) as b:
+        blocks = ((a.read(1 << 20), b.read(1 << 20)) for _ in count())
+        return all(x == y for x, y in takewhile(any, blocks))
 
 
-def _published(folder: Path, row: dict[str, str], source: Path) -> Published:
-    try:
-        size = int(row["size"]) if row.get("size") else None
-        cksum = int(row["cksum"]) if row.get("cksum") else None
-    except ValueError:
-        raise DataError(f"{source}: size or cksum of {row['filename']} is no number; download the CSV again") from None
-    urls = {key.removeprefix("s3path_"): value for key, value in row.items() if key and key.startswith("s3path_")}
-    return Published(folder / row["filename"], size, cksum, urls)
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle)
+        header = next(reader, [])
+        width, columns = len(header), {column: place for place, column in enumerate(header)}
+        if "filename" not in columns:
+            raise DataError(f"{path}: column filename is missing; is this the challenge's CSV?")
+        name, size, cksum, split = (columns.get(column, width) for column in ("filename", "size", "cksum", "split"))
+        regions = [(column.removeprefix("s3path_"), place) for column, place in columns.items()
+                   if column.startswith("s3path_")]
+        for cells in reader:
+            if not cells:
+                continue
+            del cells[width:]
+            cells += [""] * (width + 1 - len(cells))  # the last one stands for columns that are not there
+            if not cells[name]:
+                raise DataError(f"{path}:{reader.line_num}: empty filename; download the CSV again")
+            try:
+                row_size, row_cksum = (int(cells[place]) if cells[place] else None for place in (size, cksum))
+            except ValueError:
+                raise DataError(f"{path}: size or cksum of {cells[name]} is no number; download the CSV "
+                                f"again") from None
+            yield _Row(cells[name], cells[split], row_size, row_cksum,
+                       {region: cells[place] for region, place in regions})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from engine.data.biomassters import TILE
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, SHARED, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # benchmarks are scripts
 
@@ -246,12 +246,14 @@ def run_script(script: str, *words: object) -> subprocess.CompletedProcess[str]:
                                    ("levers", "--together", "--levers", "stem", "upsample", "months", "static",
                                     "graph"),
                                    ("model", "--parts", "inference"), ("model", "--parts", "stages"),
-                                   ("model", "--parts", "months"), ("loader",),
+                                   ("model", "--parts", "months"), ("index",), ("loader",),
                                    ("loader", "--cold", "--modes", "without augmentation")],
                          ids="-".join)
 def test_it_runs(words: tuple[str, ...], tmp_path: Path) -> None:
     if words[0] == "loader":
         pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    if words[0] == "index" and not SHARED.is_dir():
+        pytest.skip(f"{SHARED} does not exist on this machine")
     done = run_script(*words, "--smoke", "--device", "cpu", "--out", tmp_path / "r.jsonl")
     assert done.returncode == 0, done.stderr
     records = harness.read(tmp_path / "r.jsonl")

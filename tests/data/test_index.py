@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import gzip
 import shutil
 from pathlib import Path
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from engine.base.errors import DataError
-from engine.data.biomassters import T
-from engine.data.index import _rows, months_table, open_index, read_metadata, verify
+from engine.data import index
+from engine.data.biomassters import BIOMASSTERS, T
+from engine.data.index import open_index, read_metadata, verify
+from engine.data.store.pack import pack
 from tests.conftest import SHARED
 
 
@@ -30,13 +33,13 @@ def copy(sample: Path, tmp_path: Path) -> Path:
 
 
 def test_the_real_chips(real_data: Path) -> None:
-    index = open_index(real_data)
-    whole, single = index.by_id()["0060c0a5"], index.by_id()["001b0634"]
-    assert len(index) == 2 and len(index.labelled()) == 2
+    real = open_index(real_data)
+    whole, single = real.by_id()["0060c0a5"], real.by_id()["001b0634"]
+    assert len(real) == 2 and len(real.labelled()) == 2
     assert whole.months[0] == (True,) * T and whole.missing == ()
     assert single.missing == tuple(range(1, T)) and single.months[1][0]
     assert whole.path(1, 0).is_file() and whole.label is not None and whole.label.is_file()
-    assert verify(index.files) == []
+    assert verify(real.files) == []
 
 
 def test_names_alone_give_the_same_chips(sample: Path, tmp_path: Path) -> None:
@@ -68,9 +71,9 @@ def test_csv_names_in_the_wild(copy: Path, name: str) -> None:
     else:
         (copy / name).write_bytes(original.read_bytes())
     original.unlink()
-    index = open_index(copy)
-    assert sum(1 for file in index.files if "_S1_" in file.path.name) == 2 * T
-    assert verify(index.files) == []
+    files = open_index(copy).files
+    assert sum(1 for file in files if "_S1_" in file.path.name) == 2 * T
+    assert verify(files) == []
 
 
 def test_verify_finds_every_kind_of_damage(copy: Path) -> None:
@@ -128,8 +131,84 @@ def test_bad_csvs(copy: Path) -> None:
     with pytest.raises(DataError, match="is no number"):
         open_index(copy)
     path.write_text(text)
-    shutil.copy(path, copy / "features_metadata_2.csv")
-    with pytest.raises(DataError, match="several metadata files"):
+
+
+def test_a_csv_under_several_names(copy: Path) -> None:
+    """One tree for several libraries: a link, a copy and a compressed one are fine, another content is not."""
+    path, expected = copy / "features_metadata.csv", open_index(copy)
+    the = "The_BioMassters_-_features_metadata.csv.csv"
+    (copy / the).symlink_to(path.name)
+    shutil.copy(path, copy / "biomassters_features_metadata.csv")
+    (copy / "features_metadata.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    several = open_index(copy)
+    assert several.chips == expected.chips and len(several.files) == len(expected.files)
+    assert verify(several.files) == []
+    for first, other in ((the, "biomassters_features_metadata.csv"),
+                         ("train_agbm_metadata.csv", "train_agbm_metadata_2.csv")):
+        data = (copy / first).read_bytes()
+        for wrong in (data[:-1], data + b"\n", data.replace(b"0", b"1", 1)):
+            (copy / other).write_bytes(wrong)
+            with pytest.raises(DataError, match=f"{first} and {other} are metadata of one kind and differ; keep one"):
+                open_index(copy)
+        (copy / other).write_bytes(data)
+        open_index(copy)
+    path.rename(copy / "aside")
+    with pytest.raises(DataError, match=rf"{the}: is a link to nothing; remove it, or bring back features_"):
+        open_index(copy)
+
+
+def test_test_labels_are_read(copy: Path) -> None:
+    """Those of the challenge were published in test_agbm/; its CSVs do not know them."""
+    other, chip = open_index(copy).chips
+    (copy / "test_features").mkdir()
+    for path in (copy / "train_features").glob(f"{chip.id}_*"):
+        path.rename(copy / "test_features" / path.name)
+    label = copy / "test_agbm" / BIOMASSTERS.label_name(chip.id)
+    label.parent.mkdir()
+    (copy / "train_agbm_metadata.csv").unlink()
+    shutil.copy(copy / "train_agbm" / label.name, label)
+    with pytest.raises(DataError, match=rf"{label.name}: lies in .*train_agbm as well; keep one of them"):
+        open_index(copy)
+    (copy / "train_agbm" / label.name).unlink()
+    opened = open_index(copy)
+    assert [(c.id, c.split) for c in opened.labelled()] == [(other.id, "train"), (chip.id, "test")]
+    assert opened.by_id()[chip.id].label == label
+    store = copy.parent / "store"
+    pack(copy, store, workers=1, verify=True)
+    assert [c.id for c in open_index(store).split("test") if c.label is not None] == [chip.id]
+
+
+def test_rows_of_any_length(copy: Path) -> None:
+    """A blank line, a row that is cut short, one with a cell too many, no cksum column."""
+    rows = [f"{chip.id}_S1_{t:02d}.tif" for chip in open_index(copy).chips for t in range(T)]
+    text = f"filename,size,s3path_us\n{rows[0]},7,s3://b/x,more\n\n{rows[1]}\n"
+    (copy / "features_metadata.csv").write_text(text)
+    (copy / "train_agbm_metadata.csv").unlink()
+    first, second = read_metadata(copy)
+    assert (first.path, first.size, first.cksum) == (copy / "train_features" / rows[0], 7, None)
+    assert first.url == {"us": "s3://b/x"}
+    assert (second.path.name, second.size, second.cksum, second.url) == (rows[1], None, None, {"us": ""})
+    (copy / "features_metadata.csv").write_text(text + "\n,7\n")
+    with pytest.raises(DataError, match=r"features_metadata.csv:6: empty filename"):
+        open_index(copy)
+
+
+def test_opening_makes_no_object_for_a_file(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a million of them took longer than all the rest; they are made for those who ask."""
+    made: list[Path] = []
+    published = index.Published
+    monkeypatch.setattr(index, "Published", lambda path, *rest: made.append(path) or published(path, *rest))
+    opened = open_index(copy)
+    assert not made
+    assert [file.path for file in opened.files] == made == [file.path for file in opened.files] and len(made) > 2 * T
+
+
+def test_a_folder_that_cannot_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(index.os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"train_features: cannot be read \(Permission denied\)"):
         open_index(copy)
 
 
@@ -138,7 +217,12 @@ def test_the_challenge_s_metadata() -> None:
     path = SHARED / "features_metadata_public_columns.csv.gz"
     if not path.exists():
         pytest.skip(f"{path} does not exist on this machine")
-    table = np.array(list(months_table(_rows(path, {"filename"})).values()))
+    chips: dict[str, np.ndarray] = {}
+    with gzip.open(path, "rt", newline="") as rows:
+        for row in csv.DictReader(rows):
+            chip, sensor, month = index._parsed(row["filename"], BIOMASSTERS)  # type: ignore[misc]
+            chips.setdefault(chip, np.zeros((2, T), bool))[sensor, month] = True
+    table = np.array(list(chips.values()))
     assert table.shape == (8689 + 2773, 2, T)
     assert table[:, 0].all()
     missing = 1 - table[:, 1].mean(0)

@@ -262,7 +262,8 @@ def test_the_kernel_stays_within_its_output(bands: int) -> None:
     file = np.frombuffer(b"".join(planes), np.uint8)
     sizes = np.array([len(plane) for plane in planes], np.uint32)
     blocks = (file.ctypes.data + np.cumsum(sizes, dtype=np.uint64) - sizes)[::2].copy()  # of each band, the first plane
-    meaning, low, scale = np.zeros((bands, 3), np.uint16), np.full(bands, 5, np.float32), np.full(bands, 0.5, np.float32)
+    meaning = np.zeros((bands, 3), np.uint16)
+    low, scale = np.full(bands, 5, np.float32), np.full(bands, 0.5, np.float32)
     out = np.full(2 * codes.size + 64, -1, np.float32)
     matrix, scratch = np.eye(3, dtype=np.float32), np.empty((2 * bands + 32) * side * side, np.uint8)
     tile = scratch[2 * bands * side * side:]

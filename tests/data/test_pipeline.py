@@ -238,8 +238,8 @@ def test_batches_are_right_where_the_gpu_is_behind(sample: Path, backend: str, p
     """torch's stream sleeps before it reads each batch, while the loader and DALI run ahead."""
     chips = open_index(sample).split("train")
     requests = [[Request(chips[n % 8], draw(BIOMASSTERS, Augment(rotate=1), 0, 0, n))] for n in range(12)]
-    loader = Loader(TiffSource(BIOMASSTERS), batch_size=1, device=torch.device("cuda", 0), backend=backend, precision=precision,
-                    warp=True, prefetch=2)
+    loader = Loader(TiffSource(BIOMASSTERS), batch_size=1, device=torch.device("cuda", 0), backend=backend,
+                    precision=precision, warp=True, prefetch=2)
     found = []
     for delay in (0, 200_000_000):  # cycles, 0.1 s and more: several batches could be made meanwhile
         seen = []

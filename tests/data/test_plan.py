@@ -125,7 +125,8 @@ def test_one_option_leaves_the_others_draws_alone() -> None:
 
 
 def test_rates_are_the_recipe_s() -> None:
-    draws = [draw(BIOMASSTERS, Augment(months_step=1), 0, epoch, position) for epoch in range(4) for position in range(1000)]
+    augment = Augment(months_step=1)
+    draws = [draw(BIOMASSTERS, augment, 0, epoch, position) for epoch in range(4) for position in range(1000)]
     n = len(draws)
     whole = np.mean([d.keep.all() for d in draws])
     assert abs(whole - (0.5 + 0.5 * 0.7**12)) < 4 * np.sqrt(0.25 / n)

@@ -7,18 +7,24 @@ import dataclasses
 import gzip
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engine.base.errors import ConfigError, DataError
 from engine.data.biomassters import AGBM_DTYPE, BIOMASSTERS, MONTHS, S1, S1_NODATA, S1_SHAPE, S2, S2_SHAPE, TILE, T
+from engine.data.index import FEATURE_CSVS_ELSEWHERE, open_index
 from engine.data.made import forest, sample
 from engine.data.tiff.checksum import cksum_file
 from engine.data.tiff.tiff import read_into
+from engine.inference.predictor import choose_chips, predict
+from engine.model.unet import BiomassUNet
+from engine.model.weights import save_weights
 from tests.conftest import SHARED
 
 needs_real = pytest.mark.skipif(not SHARED.exists(), reason="the real data (../shared/data) are not here")
@@ -52,7 +58,8 @@ def test_files_are_what_the_tables_say(made: tuple[Path, dict[str, Any]]) -> Non
     rows = {f"{row['split']}_features/{row['filename']}": row for row in features}
     rows |= {f"train_agbm/{row['filename']}": row for row in labels}
     assert len(labels) == 2 and len({row["chip_id"] for row in features}) == 3
-    assert {str(p.relative_to(out)) for p in out.glob("*/*")} == set(rows)
+    unlisted = {f"test_agbm/{BIOMASSTERS.label_name(sample.chip_id(SEED, sample._FIRST_TEST))}"}
+    assert {str(p.relative_to(out)) for p in out.glob("*/*")} == rows.keys() | unlisted
     for place, row in rows.items():
         assert cksum_file(out / place) == (int(row["cksum"]), int(row["size"]))
         size = {"S1": 1_049_524, "S2": 1_443_550}.get(row.get("satellite", ""), 262_482)
@@ -61,6 +68,26 @@ def test_files_are_what_the_tables_say(made: tuple[Path, dict[str, Any]]) -> Non
     for row in features:
         sensor = ["S1", "S2"].index(row["satellite"])
         assert row["filename"] == BIOMASSTERS.feature_name(row["chip_id"], sensor, MONTHS.index(row["month"]))
+
+
+def test_labels_of_test_chips_score(made: tuple[Path, dict[str, Any]], tmp_path: Path, one_thread: None) -> None:
+    """From the folder to the metrics of `predict --split test`; and without labels, where they are not wanted."""
+    [chip] = choose_chips(made[0], "test", tmp_path)
+    assert chip.label == made[0] / "test_agbm" / BIOMASSTERS.label_name(chip.id)
+    torch.manual_seed(0)
+    model = BiomassUNet("tf_mobilenetv3_small_minimal_100", [8, 8, 8, 8, 8])
+    save_weights(tmp_path / "w.safetensors", model, model.config())
+    metrics = predict(tmp_path / "w.safetensors", [chip], tmp_path / "out", device=torch.device("cpu"), n_pictures=0)
+    label, guess = (np.empty((TILE, TILE), AGBM_DTYPE) for _ in range(2))
+    read_into(chip.label, label)
+    read_into(tmp_path / "out" / BIOMASSTERS.label_name(chip.id), guess)
+    assert np.isclose(metrics["rmse_per_chip"], np.sqrt(((guess - label).astype(float) ** 2).mean()), rtol=1e-5)
+
+    sample.make_sample(tmp_path / "bare", 1, SEED, test_chips=1, test_labels=False)
+    [bare] = choose_chips(tmp_path / "bare", "test", tmp_path)
+    assert bare.id == chip.id and bare.label is None and not (tmp_path / "bare" / "test_agbm").exists()
+    sample.make_sample(tmp_path / "bare", 1, SEED, test_chips=1)
+    assert choose_chips(tmp_path / "bare", "test", tmp_path)[0].label is not None, "an older sample is completed"
 
 
 @needs_real
@@ -156,6 +183,44 @@ def test_folders_that_hold_something_else(made: tuple[Path, dict[str, Any]], tmp
     for chips, tests, seed in ((0, 0, 0), (1, -1, 0), (1, 0, -1)):
         with pytest.raises(ConfigError, match="must be at least"):
             sample.make_sample(tmp_path / "new", chips, seed, tests)
+
+
+def test_names_for_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, names = tmp_path / "a", FEATURE_CSVS_ELSEWHERE
+    sample.make_sample(out, 1, SEED)
+    assert [(out / name).readlink() for name in names] == [Path("features_metadata.csv")] * 2
+    shutil.copytree(out, tmp_path / "moved", symlinks=True)
+    assert len(open_index(tmp_path / "moved")) == 1
+
+    # A copy that turned the links into files is extended, and has links again
+    shutil.copytree(out, tmp_path / "b")
+    assert not any((tmp_path / "b" / name).is_symlink() for name in names)
+    assert len(open_index(tmp_path / "b")) == 1
+    sample.make_sample(tmp_path / "b", 2, SEED)
+    assert all((tmp_path / "b" / name).is_symlink() for name in names) and len(open_index(tmp_path / "b")) == 2
+
+    # What someone else put there stays, and nothing else is touched
+    for theirs in ("a table", None):
+        (out / names[1]).unlink()
+        if theirs is None:
+            (out / names[1]).symlink_to("elsewhere.csv")
+        else:
+            (out / names[1]).write_text(theirs)
+        before = content(out)
+        with pytest.raises(DataError, match=rf"{names[1]}: is not the link to features_metadata.csv.*move it away"):
+            sample.make_sample(out, 2, SEED)
+        assert content(out) == before
+
+    # A disk that knows no links
+    def refuse(path: Path, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for chips in (1, 2):
+        sample.make_sample(tmp_path / "c", chips, SEED)
+        for name in names:
+            assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "c" / "features_metadata.csv").read_bytes()
+    assert len(open_index(tmp_path / "c")) == 2
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def _sparse(maps: Tensor) -> np.ndarray:
 def read_crop() -> Stack:
     """The chip of `TREE` by the engine's own index and reader."""
     height, width = ROWS.stop - ROWS.start, COLUMNS.stop - COLUMNS.start
-    into = Stack(BIOMASSTERS, tuple(np.empty((T, height, width, len(sensor.bands)), sensor.values) for sensor in SENSORS),
+    images = tuple(np.empty((T, height, width, len(sensor.bands)), sensor.values) for sensor in SENSORS)
+    into = Stack(BIOMASSTERS, images,
                  np.empty((height, width, 1), AGBM_DTYPE), np.arange(T))
     chip, = open_index(TREE).chips
     return TiffSource(BIOMASSTERS).read(chip, np.ones(T, bool), into)
@@ -172,7 +173,8 @@ def turned() -> np.ndarray:
 def cut() -> None:
     """Writes `TREE` from the real chip, with as many rows a strip as the real files have."""
     files = [(f"train_features/{BIOMASSTERS.feature_name(CHIP, number, month)}", sensor.name)
-             for number, sensor in enumerate((S1, S2)) for month in MONTHS] + [(f"train_agbm/{BIOMASSTERS.label_name(CHIP)}", "agbm")]
+             for number, sensor in enumerate((S1, S2)) for month in MONTHS]
+    files.append((f"train_agbm/{BIOMASSTERS.label_name(CHIP)}", "agbm"))
     for file, kind in files:
         whole = np.empty(*{"S1": (S1_SHAPE, S1.values), "S2": (S2_SHAPE, S2.values),
                            "agbm": (S1_SHAPE[:2], AGBM_DTYPE)}[kind])

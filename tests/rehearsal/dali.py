@@ -39,8 +39,8 @@ def inflated(data: np.ndarray, tables: list[np.ndarray]) -> list[np.ndarray]:
 _build = pipeline.build
 
 
-def build(feed: pipeline.Feed, *, form: pipeline.Form, batch_size: int, device_id: int | None, threads: int, prefetch: int,
-          half: bool, warp: bool) -> Rehearsed:
+def build(feed: pipeline.Feed, *, form: pipeline.Form, batch_size: int, device_id: int | None, threads: int,
+          prefetch: int, half: bool, warp: bool) -> Rehearsed:
     fed: deque[list[tuple[np.ndarray, int]]] = deque()
 
     def watched() -> tuple[list[np.ndarray], ...]:

@@ -1,8 +1,9 @@
 """A made-up data set in the exact layout of the challenge, behind `launch/prepare.py sample`.
 
 The demo trains on it and tests read it.  Forest and satellites are those of `engine.data.made.forest`; this module
-decides which images exist, and writes the TIFF tree, the two metadata CSVs with true sizes and checksums, and
-`sample.json`: seed, version, parameters, and what the best predictor reaches.
+decides which images exist, and writes the TIFF tree, the two metadata CSVs with true sizes and checksums, links to them
+by the names that other libraries want, and `sample.json`: seed, version, parameters, and what the best predictor
+reaches.
 
 Every chip is a pure function of (seed, chip number): more chips extend a set, in any order and on any number of
 threads.  The bytes repeat on one machine with one numpy (elsewhere the last bits of floats may differ).  Chips
@@ -31,12 +32,14 @@ import numpy as np
 
 from engine.base.errors import ConfigError, DataError
 from engine.data.biomassters import AGBM_IGNORE_ABOVE, BIOMASSTERS, MONTHS, S1_NODATA, SENSORS, T
+from engine.data.index import FEATURE_CSVS_ELSEWHERE, same_content
 from engine.data.made import forest as forest
 from engine.data.tiff.checksum import posix_cksum
 from engine.data.tiff.tiff import encode, write_bytes
 
 VERSION = 1  # of what is drawn; raise it with every change of the bytes
 NOTE = "sample.json"
+FEATURES_CSV = "features_metadata.csv"
 
 # How many chips have which months of Sentinel-2, September first.
 S2_PATTERNS = {
@@ -64,7 +67,7 @@ class Made(NamedTuple):
     """One chip on disk: its CSV rows, and what the scores need of its label."""
 
     features: list[dict[str, Any]]
-    label: dict[str, Any] | None
+    label: dict[str, Any] | None  # of a training chip
     scores: dict[str, np.ndarray]  # per way of counting: pixels, sum, sum of squares, the best squared error
 
 
@@ -95,11 +98,15 @@ def make_sample(
     chips: int,
     seed: int,
     test_chips: int = 0,
+    *,
+    test_labels: bool = True,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write `chips` training and `test_chips` test chips under `out`, and return the content of sample.json.
 
+    `test_labels`: the test chips have labels too, in test_agbm/, where those of the challenge were published after it.
+    No CSV lists them, and none of the numbers in sample.json counts them.
     `progress(done, total)` is called after every chip.  A folder that holds a smaller set of the same seed is
     completed.  Raises ConfigError for impossible counts and DataError for a folder that holds anything else or
     cannot be written.
@@ -113,7 +120,8 @@ def make_sample(
     jobs = [("train", n) for n in range(chips)] + [("test", _FIRST_TEST + n) for n in range(test_chips)]
     pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
     try:
-        futures = [pool.submit(_make_chip, out, seed, number, split) for split, number in jobs]
+        futures = [pool.submit(_make_chip, out, seed, number, split, labelled=split == "train" or test_labels)
+                   for split, number in jobs]
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
             if progress is not None:
@@ -121,7 +129,9 @@ def make_sample(
     finally:
         pool.shutdown(cancel_futures=True)
     made = [future.result() for future in futures]
-    _write_csv(out / "features_metadata.csv", FEATURE_COLUMNS, (row for chip in made for row in chip.features))
+    _write_csv(out / FEATURES_CSV, FEATURE_COLUMNS, (row for chip in made for row in chip.features))
+    for name in FEATURE_CSVS_ELSEWHERE:
+        _link(out, name)
     _write_csv(out / "train_agbm_metadata.csv", LABEL_COLUMNS, (chip.label for chip in made if chip.label))
     parameters = asdict(forest.P) | {"s1_orbit_never": S1_ORBIT_NEVER, "s1_orbit_missing": S1_ORBIT_MISSING}
     note |= {"complete": True, **_summary(made[:chips]), "parameters": parameters}
@@ -146,12 +156,16 @@ def _claim(out: Path, note: dict[str, Any]) -> None:
             raise DataError(f"{out}: holds another sample ({made}); remove it or choose another folder")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty and no sample; choose another folder")
+    for other in (out / name for name in FEATURE_CSVS_ELSEWHERE):
+        if not _is_ours(other):
+            raise DataError(f"{other}: is not the link to {FEATURES_CSV}, nor its copy, that a sample has under this "
+                            f"name; move it away")
     for part in out.glob("**/.*.part"):  # left by a run that was killed
         part.unlink()
     _write_note(out, note | {"complete": False})
 
 
-def _make_chip(out: Path, seed: int, number: int, split: str) -> Made:
+def _make_chip(out: Path, seed: int, number: int, split: str, labelled: bool) -> Made:
     """Make one chip and bring its files on the disk to it."""
     chip, plan, stand = chip_id(seed, number), plan_chip(seed, number, split), forest.draw_stand(seed, number)
     shares = forest.mixing(stand)
@@ -170,10 +184,12 @@ def _make_chip(out: Path, seed: int, number: int, split: str) -> Made:
             file = _put(out, f"{split}_features", name, image)
             rows.append({"filename": name, "chip_id": chip, "satellite": sensor.name, "split": split,
                          "month": MONTHS[month], **file, "corresponding_agbm": label_name})
-    if split == "test":
+    if not labelled:
         return Made(rows, None, {})
     label = forest.draw_label(seed, number, stand)
-    file = _put(out, "train_agbm", label_name, label)
+    file = _put(out, f"{split}_agbm", label_name, label)
+    if split == "test":
+        return Made(rows, None, {})
     scores = {key: _score(stand.biomass, label, below) for key, below in _ways().items()}
     return Made(rows, {"filename": label_name, "chip_id": chip, **file}, scores)
 
@@ -186,6 +202,27 @@ def _put(out: Path, folder: str, name: str, image: np.ndarray) -> dict[str, Any]
     bucket = "s3://drivendata-competition-biomassters-public"
     places = {f"s3path_{region}": f"{bucket}-{region}/{folder}/{name}" for region in ("us", "eu", "as")}
     return {"size": len(data), "cksum": posix_cksum(data), **places}
+
+
+def _is_ours(other: Path) -> bool:
+    """Whether a name of FEATURE_CSVS_ELSEWHERE is free, the link of an earlier run, or what a copy made of that."""
+    if other.is_symlink():
+        return other.readlink() == Path(FEATURES_CSV)
+    whole = other.with_name(FEATURES_CSV)
+    return not other.exists() or (other.is_file() and whole.is_file() and same_content(other, whole))
+
+
+def _link(out: Path, name: str) -> None:
+    """Make `name` a relative link to the features' CSV, so that the folder can be moved; a copy where the disk knows no
+    links."""
+    if (out / name).is_symlink():
+        return
+    beside = out / f".{name}.{os.getpid()}.part"
+    try:
+        beside.symlink_to(FEATURES_CSV)
+        beside.replace(out / name)
+    except OSError:
+        write_bytes(out / name, (out / FEATURES_CSV).read_bytes())
 
 
 def _write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
