@@ -203,6 +203,14 @@ def test_opening_makes_no_object_for_a_file(copy: Path, monkeypatch: pytest.Monk
     assert [file.path for file in opened.files] == made == [file.path for file in opened.files] and len(made) > 2 * T
 
 
+def test_a_file_in_both_splits_is_refused(copy: Path) -> None:
+    path = next(copy.glob("train_features/*_S1_00.tif"))
+    (copy / "test_features").mkdir()
+    shutil.copy(path, copy / "test_features")
+    with pytest.raises(DataError, match=rf"test_features/{path.name}: chip .* lies in .*train_features as well"):
+        open_index(copy)
+
+
 def test_a_folder_that_cannot_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))

@@ -199,6 +199,16 @@ def test_names_for_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sample.make_sample(tmp_path / "b", 2, SEED)
     assert all((tmp_path / "b" / name).is_symlink() for name in names) and len(open_index(tmp_path / "b")) == 2
 
+    # One made by hand is as good
+    for name, target in zip(names, (tmp_path / "b" / "features_metadata.csv", "train_agbm_metadata.csv")):
+        (tmp_path / "b" / name).unlink()
+        (tmp_path / "b" / name).symlink_to(target)
+    with pytest.raises(DataError, match=rf"{names[1]}: is not the link to features_metadata.csv"):
+        sample.make_sample(tmp_path / "b", 2, SEED)
+    (tmp_path / "b" / names[1]).unlink()
+    sample.make_sample(tmp_path / "b", 2, SEED)
+    assert (tmp_path / "b" / names[0]).readlink().is_absolute() and len(open_index(tmp_path / "b")) == 2
+
     # What someone else put there stays, and nothing else is touched
     for theirs in ("a table", None):
         (out / names[1]).unlink()

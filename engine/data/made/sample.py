@@ -205,17 +205,17 @@ def _put(out: Path, folder: str, name: str, image: np.ndarray) -> dict[str, Any]
 
 
 def _is_ours(other: Path) -> bool:
-    """Whether a name of FEATURE_CSVS_ELSEWHERE is free, the link of an earlier run, or what a copy made of that."""
-    if other.is_symlink():
-        return other.readlink() == Path(FEATURES_CSV)
+    """Whether a name of FEATURE_CSVS_ELSEWHERE is free, a link to the features' CSV, or what a copy made of that."""
+    if not other.exists():
+        return not other.is_symlink() or other.readlink() == Path(FEATURES_CSV)
     whole = other.with_name(FEATURES_CSV)
-    return not other.exists() or (other.is_file() and whole.is_file() and same_content(other, whole))
+    return other.is_file() and whole.is_file() and same_content(other, whole)
 
 
 def _link(out: Path, name: str) -> None:
     """Make `name` a relative link to the features' CSV, so that the folder can be moved; a copy where the disk knows no
     links."""
-    if (out / name).is_symlink():
+    if (out / name).exists() and (out / name).samefile(out / FEATURES_CSV):
         return
     beside = out / f".{name}.{os.getpid()}.part"
     try:
