@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -212,8 +213,12 @@ def test_a_file_in_both_splits_is_refused(copy: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(folder))
+    scan = os.scandir
+
+    def refuse(folder: Path) -> object:
+        if Path(folder).name == "train_features":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
 
     monkeypatch.setattr(index.os, "scandir", refuse)
     with pytest.raises(DataError, match=r"train_features: cannot be read \(Permission denied\)"):

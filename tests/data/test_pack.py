@@ -164,12 +164,12 @@ def test_other_settings_versions_and_folders_are_refused(small: Path, stores: di
     copy = tmp_path / "copy"
     shutil.copytree(stores[False], copy)
     path = copy / chip_file.MANIFEST
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2', 1))
-    with pytest.raises(DataError, match="format version 2, this program reads 1"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1', 1))
+    with pytest.raises(DataError, match="format version 1, this program reads 2"):
         open_index(copy)
     chip = next((copy / chip_file.CHIPS).iterdir())
-    chip.write_bytes(chip.read_bytes().replace(b'"version":"1"', b'"version":"7"', 1))
-    with pytest.raises(DataError, match=f"{chip.name}: is of format version 7, this program reads 1"):
+    chip.write_bytes(chip.read_bytes().replace(b'"version":"2"', b'"version":"7"', 1))
+    with pytest.raises(DataError, match=f"{chip.name}: is of format version 7, this program reads 2"):
         pack(small, copy)
 
 

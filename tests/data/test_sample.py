@@ -72,22 +72,22 @@ def test_files_are_what_the_tables_say(made: tuple[Path, dict[str, Any]]) -> Non
 
 def test_labels_of_test_chips_score(made: tuple[Path, dict[str, Any]], tmp_path: Path, one_thread: None) -> None:
     """From the folder to the metrics of `predict --split test`; and without labels, where they are not wanted."""
-    [chip] = choose_chips(made[0], "test", tmp_path)
-    assert chip.label == made[0] / "test_agbm" / BIOMASSTERS.label_name(chip.id)
     torch.manual_seed(0)
-    model = BiomassUNet("tf_mobilenetv3_small_minimal_100", [8, 8, 8, 8, 8])
-    save_weights(tmp_path / "w.safetensors", model, model.config())
-    metrics = predict(tmp_path / "w.safetensors", [chip], tmp_path / "out", device=torch.device("cpu"), n_pictures=0)
+    model, path = BiomassUNet("tf_mobilenetv3_small_minimal_100", [8, 8, 8, 8, 8]), tmp_path / "w.safetensors"
+    save_weights(path, model, model.config())
+    [chip] = choose_chips(made[0], "test", path)
+    assert chip.label == made[0] / "test_agbm" / BIOMASSTERS.label_name(chip.id)
+    metrics = predict(path, [chip], tmp_path / "out", device=torch.device("cpu"), n_pictures=0)
     label, guess = (np.empty((TILE, TILE), AGBM_DTYPE) for _ in range(2))
     read_into(chip.label, label)
     read_into(tmp_path / "out" / BIOMASSTERS.label_name(chip.id), guess)
     assert np.isclose(metrics["rmse_per_chip"], np.sqrt(((guess - label).astype(float) ** 2).mean()), rtol=1e-5)
 
     sample.make_sample(tmp_path / "bare", 1, SEED, test_chips=1, test_labels=False)
-    [bare] = choose_chips(tmp_path / "bare", "test", tmp_path)
+    [bare] = choose_chips(tmp_path / "bare", "test", path)
     assert bare.id == chip.id and bare.label is None and not (tmp_path / "bare" / "test_agbm").exists()
     sample.make_sample(tmp_path / "bare", 1, SEED, test_chips=1)
-    assert choose_chips(tmp_path / "bare", "test", tmp_path)[0].label is not None, "an older sample is completed"
+    assert choose_chips(tmp_path / "bare", "test", path)[0].label is not None, "an older sample is completed"
 
 
 @needs_real
