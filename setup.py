@@ -26,7 +26,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["engine*", "kernels*"]),
-    package_data={"engine": ["py.typed"], "kernels.month_attention": ["*.cpp"], "kernels.packed_chip": ["*.cpp"]},
+    package_data={"engine": ["py.typed"], "engine.data": ["datasets/*.yaml"], "kernels.month_attention": ["*.cpp"],
+                  "kernels.packed_chip": ["*.cpp"]},
     install_requires=[
         "deepspeed>=0.19,<0.20",
         "torch>=2.11,<2.16",

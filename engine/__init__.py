@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.config import load_config
     from engine.data.chip_view import open_chip
+    from engine.data.dataset import Dataset
     from engine.data.index import open_index
     from engine.data.selection.folds import kfold, stratified
+    from engine.inference.arrays import predict
     from engine.inference.fold import optimize_for_inference
     from engine.inference.metrics import per_chip_rmse
     from engine.model.unet import BiomassUNet
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BiomassUNet",
+    "Dataset",
     "kfold",
     "load_config",
     "load_model",
@@ -28,11 +31,13 @@ __all__ = [
     "open_index",
     "optimize_for_inference",
     "per_chip_rmse",
+    "predict",
     "stratified",
 ]
 
 _WHERE = {
     "BiomassUNet": "engine.model.unet",
+    "Dataset": "engine.data.dataset",
     "kfold": "engine.data.selection.folds",
     "load_config": "engine.config",
     "load_model": "engine.model.weights",
@@ -40,6 +45,7 @@ _WHERE = {
     "open_index": "engine.data.index",
     "optimize_for_inference": "engine.inference.fold",
     "per_chip_rmse": "engine.inference.metrics",
+    "predict": "engine.inference.arrays",
     "stratified": "engine.data.selection.folds",
 }
 __all__ = list(_WHERE)

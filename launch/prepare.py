@@ -28,6 +28,7 @@ def arguments() -> argparse.ArgumentParser:
     sample.add_argument("--test-chips", type=int, default=0,
                         help="chips of the test split, with labels in test_agbm/ (default: 0)")
     sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--dataset", default="biomassters", help="a description: built-in, or a .yaml file")
     sample.set_defaults(run=run_sample)
 
     verify = commands.add_parser("verify", help="compare files with the metadata CSVs, or a store with itself")
@@ -54,7 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     pack.add_argument("--data", required=True, type=Path, help="the TIFF tree")
     pack.add_argument("--out", required=True, type=Path, help="folder of the store")
     pack.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="chips at a time (default: one a core)")
-    pack.add_argument("--lossless", action="store_true", help="Sentinel-1 as float32, not in steps of 0.01 dB")
+    pack.add_argument("--lossless", action="store_true", help="floats as they are, not in steps (Sentinel-1's 0.01 dB)")
     pack.add_argument("--verify", action="store_true", help="read every packed chip back and compare it with its TIFFs")
     pack.set_defaults(run=run_pack)
 
@@ -77,10 +78,20 @@ def arguments() -> argparse.ArgumentParser:
 def run_sample(args: argparse.Namespace) -> int:
     from engine.base.errors import ConfigError
     from engine.base.progress import Progress
+    from engine.data.dataset import load_dataset
+    from engine.data.made.fields import make_fields
     from engine.data.made.sample import make_sample
 
     if args.chips < 1 or args.test_chips < 0:
         raise ConfigError(f"--chips {args.chips} --test-chips {args.test_chips}: give at least one chip")
+    dataset = load_dataset(args.dataset)
+    if dataset.name != "biomassters":
+        with Progress("making chips", args.chips + args.test_chips, "chip") as progress:
+            made = make_fields(args.out, dataset, args.chips, args.seed, test_chips=args.test_chips,
+                               progress=lambda done, _: progress.advance(done - progress.done))
+        print(f"{args.chips + args.test_chips} chips of {dataset.name!r} in {args.out}; RMSE of the mean "
+              f"{made['rmse_of_mean']:.3g} {dataset.target.unit} (mean over chips)")
+        return 0
     with Progress("making chips", args.chips + args.test_chips, "chip") as progress:
         made = make_sample(args.out, args.chips, args.seed, test_chips=args.test_chips,
                            progress=lambda done, _: progress.advance(done - progress.done))
@@ -196,7 +207,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_splits(args: argparse.Namespace) -> int:
     from engine.base.errors import DataError
     from engine.data.index import open_index
-    from engine.data.selection.chips import mean_label
+    from engine.data.selection.chips import mean_label, missing_images
     from engine.data.selection.folds import kfold, save_folds, stratified
 
     chips = [chip for chip in open_index(args.data).split("train") if chip.label is not None]
@@ -206,8 +217,7 @@ def run_splits(args: argparse.Namespace) -> int:
     if args.scheme == "kfold":
         folds = kfold(ids, args.folds, args.seed)
     else:
-        missing = {chip.id: [not have for have in chip.months[1]] for chip in chips}
-        folds = stratified(ids, missing, mean_label(chips), args.folds, args.seed)
+        folds = stratified(ids, missing_images(chips), mean_label(chips), args.folds, args.seed)
     save_folds(args.out, folds, {"scheme": args.scheme, "folds": args.folds, "seed": args.seed, "chips": len(ids)})
     print(f"{len(folds)} folds of {len(folds[-1])}–{len(folds[0])} chips in {args.out}")
     return 0

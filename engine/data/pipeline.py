@@ -30,7 +30,7 @@ from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from engine.base.errors import ConfigError
 from engine.data.dataset import LABEL_DTYPE, Dataset, Sensor
-from engine.data.store.chip_file import is_coded, planes_of
+from engine.data.store.chip_file import EXACT, is_coded, planes_of
 
 MOST_BLOCKS = 65_535  # that DALI 2.4 inflates at once: what fills them up is a grid of one row, a column a block
 _CODE = np.dtype("<u2")
@@ -39,9 +39,9 @@ _CODE = np.dtype("<u2")
 class Form(NamedTuple):
     """A stored form of a data set's chips, whose source gives what `layouts` says.
 
-    "stack": an array a sensor as in the TIFFs, and the label.  "blocks": bytes, then offsets and sizes of the blocks of
-    all bands, in codes, and of the label.  "blocks_apart": the same with a table for each sensor, where floats are
-    stored as they are.
+    "stack": an array a sensor, float32 or codes of the TIFFs' integers, and the label.  "blocks": bytes, then offsets
+    and sizes of the blocks of all bands, in codes, and of the label.  "blocks_apart": the same with a table for each
+    sensor, where floats are stored as they are.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Form(NamedTuple):
         """What is warped and scaled together, in the order of channels."""
         if self.name == "blocks":
             return (_part(self.dataset.sensors, (True,) * len(self.dataset.sensors)),)
-        return tuple(_part((sensor,), (self.name != "stack" and is_coded(sensor, self.values),))
+        return tuple(_part((sensor,), (is_coded(sensor, EXACT if self.name == "stack" else self.values),))
                      for sensor in self.dataset.sensors)
 
     @property

@@ -147,11 +147,11 @@ def test_a_batch_of_too_many_blocks_is_refused(roots: dict[str, Path]) -> None:
     """DALI 2.4 fills blocks up by a grid with a column each."""
     with pytest.raises(ConfigError, match=r"a batch of 183 packed chips has 65,880 blocks.* give at most 182 chips "
                                           r"\(train.micro_batch, validate.micro_batch, --batch\)"):
-        pipeline.define(lambda: (), form=pipeline.Form("blocks", BIOMASSTERS, STEPS), batch_size=183, device_id=0, threads=1, prefetch=1, half=False,
-                        warp=True)
+        pipeline.define(lambda: (), form=pipeline.Form("blocks", BIOMASSTERS, STEPS), batch_size=183, device_id=0,
+                        threads=1, prefetch=1, half=False, warp=True)
     for form, values, most in (("blocks", STEPS, 182), ("blocks_apart", EXACT, 455)):
-        pipeline.define(lambda: (), form=pipeline.Form(form, BIOMASSTERS, values), batch_size=min(most, 124), device_id=0, threads=1, prefetch=1,
-                        half=False, warp=True)
+        pipeline.define(lambda: (), form=pipeline.Form(form, BIOMASSTERS, values), batch_size=min(most, 124),
+                        device_id=0, threads=1, prefetch=1, half=False, warp=True)
 
 
 # The test of the test: each of these went unseen on a machine without a GPU ----------------------------------------

@@ -106,20 +106,20 @@ def generator(*key: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=8)
-def _spectrum(slope: float) -> np.ndarray:
-    """Amplitudes ∝ frequency^(−slope/2) that give a field of variance 1: [TILE, TILE // 2 + 1]."""
-    frequency = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
+def _spectrum(slope: float, side: int) -> np.ndarray:
+    """Amplitudes ∝ frequency^(−slope/2) that give a field of variance 1: [side, side // 2 + 1]."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = np.inf  # no mean
     amplitude = frequency ** (-slope / 2)
-    twice = np.full(TILE // 2 + 1, 2.0)  # the half of the plane that rfft leaves out
+    twice = np.full(side // 2 + 1, 2.0)  # the half of the plane that rfft leaves out
     twice[[0, -1]] = 1.0
-    return (amplitude * TILE / math.sqrt((amplitude**2 * twice).sum())).astype(np.float32)
+    return (amplitude * side / math.sqrt((amplitude**2 * twice).sum())).astype(np.float32)
 
 
-def field(rng: np.random.Generator, slope: float) -> np.ndarray:
-    """A periodic Gaussian field, mean 0, variance 1, power ∝ frequency^(−slope): [TILE, TILE] float32."""
-    white = rng.standard_normal((TILE, TILE), dtype=np.float32)
-    return np.fft.irfft2(np.fft.rfft2(white) * _spectrum(slope)).astype(np.float32)
+def field(rng: np.random.Generator, slope: float, side: int = TILE) -> np.ndarray:
+    """A periodic Gaussian field, mean 0, variance 1, power ∝ frequency^(−slope): [side, side] float32."""
+    white = rng.standard_normal((side, side), dtype=np.float32)
+    return np.fft.irfft2(np.fft.rfft2(white) * _spectrum(slope, side)).astype(np.float32)
 
 
 def _stands(rng: np.random.Generator, cells: int = 16) -> np.ndarray:

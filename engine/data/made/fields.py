@@ -1,0 +1,143 @@
+"""Made-up data for any description: smooth fields that a model can learn, behind `prepare.py sample --dataset`.
+
+Where BioMassters has a forest of its own (`engine.data.made.forest`), other data sets get the plainest thing that has
+all that a description can say: a smooth target, bands that rise or fall with it, each in its own way and season, noise,
+images that are missing, nodata, and static images that know a little of the target.  Every chip is a pure function of
+(seed, chip number).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from engine.base.errors import ConfigError, DataError
+from engine.base.files import write_text
+from engine.data.dataset import FILE, LABEL_DTYPE, Dataset, Sensor
+from engine.data.made.forest import field, generator
+from engine.data.tiff.tiff import encode, write_bytes
+
+NOTE = "sample.json"
+MISSING = 0.15  # of the images
+NODATA = 0.2  # of the images have a rectangle of it, of sensors that know it
+NOISE = 0.04  # of a band's range
+TOP = 30.0  # of the target, where the description does not say from where on it is ignored
+_FIRST_TEST = 1 << 31
+
+
+def make_fields(out: Path | str, dataset: Dataset, chips: int, seed: int, test_chips: int = 0,
+                progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Write `chips` training and `test_chips` test chips of `dataset` under `out`, its description and `sample.json`,
+    whose content is returned: `rmse_of_mean`, what answering the mean everywhere gives, mean over training chips.
+
+    A folder that holds a smaller set of the same seed and description is completed.  Raises ConfigError for impossible
+    counts and DataError for a folder that holds anything else or cannot be written.
+    """
+    out = Path(out)
+    if chips < 1 or test_chips < 0 or seed < 0:
+        raise ConfigError(f"chips {chips}, test chips {test_chips}, seed {seed}: chips must be at least 1, the others "
+                          f"at least 0")
+    key = zlib.crc32(json.dumps(dataset.dump(), sort_keys=True).encode())
+    note: dict[str, Any] = {"dataset": dataset.name, "description": key, "seed": seed}
+    _claim(out, note)
+    folders = dataset.folders
+    jobs = [(n, folders.train, folders.target) for n in range(chips)]
+    jobs += [(_FIRST_TEST + n, folders.test, folders.test_target) for n in range(test_chips)]
+    write_text(out / FILE, yaml.safe_dump(dataset.dump(), sort_keys=False, allow_unicode=True))
+
+    def make(job: tuple[int, str, str]) -> np.ndarray:
+        number, images, target = job
+        chip = f"{zlib.crc32(f'{seed} {number}'.encode()):08x}"
+        made = dict(draw(dataset, seed, number, chip))
+        label = made.pop(dataset.label_name(chip))
+        for name, image in made.items():
+            _put(out / images / name, image)
+        _put(out / target / dataset.label_name(chip), label)
+        return label.astype(np.float64)
+
+    labels: list[np.ndarray] = []
+    with ThreadPoolExecutor(2) as pool:
+        for done, label in enumerate(pool.map(make, jobs), 1):
+            labels += [label] if done <= chips else []
+            if progress is not None:
+                progress(done, len(jobs))
+    mean = float(np.mean(labels))
+    note |= {"chips": chips, "test_chips": test_chips, "label_mean": mean,
+             "rmse_of_mean": float(np.mean([np.sqrt(((label - mean) ** 2).mean()) for label in labels]))}
+    write_text(out / NOTE, json.dumps(note, indent=2) + "\n")
+    return note
+
+
+def draw(dataset: Dataset, seed: int, number: int, chip: str) -> Iterator[tuple[str, np.ndarray]]:
+    """File names of a chip and their images [tile, tile, bands], and its label [tile, tile]."""
+    rng, tile = generator(seed, number, 0), dataset.tile
+    share = 1 / (1 + np.exp(-1.5 * field(rng, 3.0, tile)))  # of the target's top, smooth, 0..1
+    top = 0.75 * dataset.target.ignore_above if dataset.target.ignore_above is not None else TOP
+    for index, sensor in enumerate(dataset.sensors):
+        steps = 1 if sensor.static else dataset.months
+        there = generator(seed, number, 1, index).random(steps) >= MISSING
+        there[-1] |= not there.any()
+        for step in range(steps):
+            if there[step] or sensor.static:
+                image = _image(dataset, sensor, share, step, generator(seed, number, 2, index, step))
+                yield dataset.feature_name(chip, index, step), image
+    label = (top * share).astype(LABEL_DTYPE)
+    yield dataset.label_name(chip), _fit(label, np.dtype(dataset.target.dtype))
+
+
+def _image(dataset: Dataset, sensor: Sensor, share: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
+    tile, season = dataset.tile, np.cos(2 * np.pi * step / dataset.months)
+    image = np.empty(dataset.shape(sensor), np.float32)
+    for band, name in enumerate(sensor.bands):
+        # How a band answers is its own, in all chips
+        own = generator(zlib.crc32(f"{sensor.name} {name}".encode()))
+        rate, falls, swing = own.uniform(0.5, 3.0), own.random() < 0.5, own.uniform(0.0, 0.15)
+        seen = (1 - np.exp(-rate * share)) / (1 - np.exp(-rate))
+        if sensor.static:
+            seen = 0.4 * seen + 0.6 / (1 + np.exp(-field(rng, 3.0, tile)))
+        value = 0.15 + 0.6 * (1 - seen if falls else seen) + (0 if sensor.static else swing * season)
+        value = value + NOISE * rng.standard_normal((tile, tile), dtype=np.float32)
+        image[..., band] = sensor.low[band] + value * sensor.span[band]
+    fitted = _fit(image, sensor.values)
+    if sensor.nodata is not None:
+        fitted[fitted == sensor.nodata] = sensor.low[0]  # nothing that was seen is nodata
+        if rng.random() < NODATA:
+            top, left = rng.integers(0, tile // 2, 2)
+            fitted[top:top + tile // 4, left:left + tile // 3] = sensor.nodata
+    return fitted
+
+
+def _fit(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+
+
+def _claim(out: Path, note: dict[str, Any]) -> None:
+    """Mark `out` as a sample in the making, or refuse a folder that holds something else."""
+    path = out / NOTE
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+            same = all(found[key] == value for key, value in note.items())
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise DataError(f"{path}: cannot be read ({error!r}); remove {out} or choose another folder") from None
+        if not same:
+            raise DataError(f"{out}: holds another sample; remove it or choose another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is not empty and no sample; choose another folder")
+    write_text(path, json.dumps(note) + "\n")
+
+
+def _put(path: Path, image: np.ndarray) -> None:
+    data = encode(image)
+    if not (path.exists() and path.read_bytes() == data):
+        write_bytes(path, data)
