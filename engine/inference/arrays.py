@@ -21,7 +21,7 @@ from engine.model.weights import load_model, read_notes
 
 def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None, tta: Sequence[str] = ("id",),
             device: str = "auto") -> Any:
-    """Maps [B,H,W] float32, in the target's unit, of images [B,T,C,H,W] in the files' units, NaN where nothing was seen.
+    """Maps [B,H,W] float32, in the target's unit, of images [B,T,C,H,W] in the files' units, NaN for nothing seen.
 
     weights: a run folder, a safetensors file, or the winner's.  images: NumPy, or xarray as `engine.open_chip(…)
     .to_xarray()` gives it (`images` (month, band, y, x)), for which an xarray (y, x) comes back.  dropped [B,T] bool:
@@ -33,27 +33,29 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
     if not tta or set(tta) - FLIPS.keys():
         raise ConfigError(f"tta {list(tta)}: give one or more of {', '.join(FLIPS)}")
     place = _device(device)
-    stamp = max((path.stat().st_mtime_ns for path in [Path(weights), *Path(weights).glob("weights/*")] if path.exists()),
-                default=0)
+    files = [Path(weights), *Path(weights).glob("weights/*")]
+    stamp = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
     model, dataset = _loaded(str(weights), stamp, str(place))
     if hasattr(images, "to_dataset") or hasattr(images, "data_vars"):
         return _of_xarray(weights, images, dataset, dropped, tta, device)
     values = np.asarray(images, np.float32)
     if values.ndim != 5 or values.shape[1:3] != (dataset.months, dataset.channels):
-        raise DataError(f"images {list(values.shape)}: {weights} was trained on [B,{dataset.months},{dataset.channels},H,W]:"
-                        f" {dataset.months} steps ({dataset.steps[0]} to {dataset.steps[-1]}) of the bands "
+        raise DataError(f"images {list(values.shape)}: {weights} was trained on [B,{dataset.months},{dataset.channels},"
+                        f"H,W]: {dataset.months} steps ({dataset.steps[0]} to {dataset.steps[-1]}) of the bands "
                         f"{', '.join(dataset.bands)}")
     nothing = np.isnan(values)
-    gone = nothing.all((2, 3, 4)) if dropped is None else np.asarray(dropped, bool)
+    gone: np.ndarray = nothing.all(axis=(2, 3, 4)) if dropped is None else np.asarray(dropped, bool)
     if gone.shape != values.shape[:2]:
-        raise DataError(f"dropped {list(gone.shape)}: give [{values.shape[0]},{values.shape[1]}], a month of a chip each")
-    if gone.all(1).any():
-        raise DataError(f"images: chip {int(gone.all(1).argmax())} has no month left to predict from")
+        raise DataError(f"dropped {list(gone.shape)}: give [{values.shape[0]},{values.shape[1]}], each a month of a chip")
+    empty = np.flatnonzero(gone.sum(1) == gone.shape[1])
+    if empty.size:
+        raise DataError(f"images: chip {empty[0]} has no month left to predict from")
     low, span = (np.concatenate([getattr(sensor, name) for sensor in dataset.sensors])[:, None, None]
                  for name in ("zero", "span"))
     scaled = np.where(nothing, 0, (values - low) / span).astype(np.float32)
     scaled[gone] = 0
-    batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), *(torch.empty(0) for _ in range(3)), [])
+    nothing_else = torch.empty(0)
+    batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), nothing_else, nothing_else, nothing_else, [])
     return predict_batch(model, batch, tta, "fp32")[:, 0].float().cpu().numpy()
 
 
@@ -64,8 +66,8 @@ def _of_xarray(weights: str | Path, images: Any, dataset: Dataset, dropped: np.n
     array = images["images"] if hasattr(images, "data_vars") else images
     lacking = {"month", "band", "y", "x"} - set(array.dims)
     if lacking or [str(band) for band in array["band"].values] != list(dataset.bands):
-        raise DataError(f"the xarray has dimensions {', '.join(map(str, array.dims))}; {weights} takes (month, band, y, x) "
-                        f"with the bands {', '.join(dataset.bands)}")
+        raise DataError(f"the xarray has dimensions {', '.join(map(str, array.dims))}; {weights} takes (month, band, y, "
+                        f"x) with the bands {', '.join(dataset.bands)}")
     array = array.transpose(..., "month", "band", "y", "x")
     values = array.values.reshape(-1, *array.shape[-4:])
     maps = predict(weights, values, dropped, tta, device).reshape(*array.shape[:-4], *array.shape[-2:])
