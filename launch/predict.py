@@ -1,6 +1,7 @@
 """Predict maps:  python launch/predict.py --weights runs/demo --data DIR --out OUT
 
-Writes OUT/{chip}_agbm.tif (float32, t/ha) and pictures; where labels exist also metrics.json and a scatter.
+Writes a map for each chip, by the name of its label (OUT/{chip}_agbm.tif): float32, in the unit of the target; pictures;
+where labels exist also metrics.json and a scatter.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
                         f"H,W]: {dataset.months} steps ({dataset.steps[0]} to {dataset.steps[-1]}) of the bands "
                         f"{', '.join(dataset.bands)}")
     nothing = np.isnan(values)
-    gone: np.ndarray = nothing.all(axis=(2, 3, 4)) if dropped is None else np.asarray(dropped, bool)
+    gone = np.asarray(nothing.all(axis=(2, 3, 4)) if dropped is None else dropped, bool)
     if gone.shape != values.shape[:2]:
-        raise DataError(f"dropped {list(gone.shape)}: give [{values.shape[0]},{values.shape[1]}], each a month of a chip")
+        raise DataError(f"dropped {list(gone.shape)}: give {list(values.shape[:2])}, each a month of a chip")
     empty = np.flatnonzero(gone.sum(1) == gone.shape[1])
     if empty.size:
         raise DataError(f"images: chip {empty[0]} has no month left to predict from")
@@ -54,8 +54,8 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
                  for name in ("zero", "span"))
     scaled = np.where(nothing, 0, (values - low) / span).astype(np.float32)
     scaled[gone] = 0
-    nothing_else = torch.empty(0)
-    batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), nothing_else, nothing_else, nothing_else, [])
+    no = torch.empty(0)  # label, rows, valid: nothing is scored
+    batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), no, no, no, [])
     return predict_batch(model, batch, tta, "fp32")[:, 0].float().cpu().numpy()
 
 
@@ -66,8 +66,8 @@ def _of_xarray(weights: str | Path, images: Any, dataset: Dataset, dropped: np.n
     array = images["images"] if hasattr(images, "data_vars") else images
     lacking = {"month", "band", "y", "x"} - set(array.dims)
     if lacking or [str(band) for band in array["band"].values] != list(dataset.bands):
-        raise DataError(f"the xarray has dimensions {', '.join(map(str, array.dims))}; {weights} takes (month, band, y, "
-                        f"x) with the bands {', '.join(dataset.bands)}")
+        raise DataError(f"the xarray has dimensions {', '.join(map(str, array.dims))}; {weights} takes month, band, y "
+                        f"and x, with the bands {', '.join(dataset.bands)}")
     array = array.transpose(..., "month", "band", "y", "x")
     values = array.values.reshape(-1, *array.shape[-4:])
     maps = predict(weights, values, dropped, tta, device).reshape(*array.shape[:-4], *array.shape[-2:])

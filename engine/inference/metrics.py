@@ -5,7 +5,7 @@ zero, so adding the ranks' tables is exact (x + 0 = x), and the final numbers co
 Sums over a chip's pixels are taken by halving, which fixes the order of additions where torch's own reduction
 chooses it by batch size and device.  `engine.inference.chips` fills the table, for training and prediction alike.
 
-Names, errors are prediction − label in t/ha:
+Names, errors are prediction − label, in the target's unit:
     rmse_per_chip  mean over chips of a chip's RMSE: the leaderboard's score; every pixel counts
     rmse_pooled    RMSE over all pixels of all chips
     mae, bias      mean absolute error, mean error, over all pixels
@@ -73,7 +73,7 @@ class ChipTable:
                                 "every chip of an evaluation set must be evaluated exactly once")
 
     def per_chip(self) -> np.ndarray:
-        """One record per labelled chip, in order of `row`: rmse, mae, bias, mean_label; float64, t/ha."""
+        """One record per labelled chip, in order of `row`: rmse, mae, bias, mean_label; float64, in the target's unit."""
         row, column = self._labelled()
         records = np.empty(len(row), [("row", np.int64), *((name, np.float64) for name in
                                                            ("rmse", "mae", "bias", "mean_label"))])

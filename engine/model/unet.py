@@ -29,7 +29,7 @@ from kernels.month_attention import month_attention
 
 
 class BiomassUNet(nn.Module):
-    """Biomass of a chip (t/ha) from its monthly images.
+    """A map of a chip (biomass in t/ha, say) from its monthly images.
 
     backbone: any timm model that offers `features_only`, with or without a pretrained tag.
     decoder_channels: one number per halving of the encoder, deepest first (five for a stride of 32).
@@ -64,7 +64,7 @@ class BiomassUNet(nn.Module):
         nn.init.zeros_(self.segmentation_head.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Biomass [B,1,H,W] in t/ha of normalised images [B,T,C,H,W].
+        """Maps [B,1,H,W] in the target's unit of normalised images [B,T,C,H,W].
 
         dropped [B,T] bool: months that do not take part (None: all do), best on the host: there it tells how many
         months are kept without waiting for the device.  A chip whose months are all dropped gets the decoder's

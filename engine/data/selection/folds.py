@@ -27,12 +27,12 @@ def kfold(chip_ids: Sequence[str], n_folds: int = 10, seed: int = 314159) -> lis
     return [[ids[i] for i in sorted(part)] for part in np.array_split(order, n_folds)]
 
 
-def stratified(chip_ids: Sequence[str], missing: Mapping[str, Sequence[bool]], biomass: Mapping[str, float],
+def stratified(chip_ids: Sequence[str], missing: Mapping[str, Sequence[bool]], mean: Mapping[str, float],
                n_folds: int = 10, seed: int = 314159) -> list[list[str]]:
-    """Folds that each see the same mix of missing-month patterns and of biomass.
+    """Folds that each see the same mix of missing-image patterns and of mean labels.
 
-    `missing[id]`: which S2 months lack (any length); `biomass[id]`: mean AGBM of the chip, t/ha.  Chips are
-    ordered by pattern, then biomass, and dealt out in rounds of `n_folds`, each round shuffled: neighbours in that
+    `missing[id]`: which images the chip lacks (any length); `mean[id]`: the mean of its label.  Chips are
+    ordered by pattern, then mean, and dealt out in rounds of `n_folds`, each round shuffled: neighbours in that
     order land in different folds.  Patterns rarer than a round are dealt together, ordered by their number of
     missing months, so that no fold collects them.  Raises DataError like `kfold`.
     """
@@ -45,7 +45,7 @@ def stratified(chip_ids: Sequence[str], missing: Mapping[str, Sequence[bool]], b
     def key(chip: str) -> tuple[bool, int, tuple[bool, ...], float, str]:
         pattern = patterns[chip]
         rare = count[pattern] < n_folds
-        return rare, sum(pattern), () if rare else pattern, biomass[chip], chip
+        return rare, sum(pattern), () if rare else pattern, mean[chip], chip
 
     ordered = sorted(ids, key=key)
     generator = np.random.Generator(np.random.Philox(key=seed))
