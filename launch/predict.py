@@ -1,6 +1,6 @@
 """Predict maps:  python launch/predict.py --weights runs/demo --data DIR --out OUT
 
-Writes a map for each chip, by the name of its label (OUT/{chip}_agbm.tif): float32, in the unit of the target; pictures;
+Writes a map for each chip, by the name of its label (OUT/{chip}_agbm.tif), float32 in the target's unit, and pictures;
 where labels exist also metrics.json and a scatter.
 """
 

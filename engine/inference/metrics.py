@@ -73,7 +73,7 @@ class ChipTable:
                                 "every chip of an evaluation set must be evaluated exactly once")
 
     def per_chip(self) -> np.ndarray:
-        """One record per labelled chip, in order of `row`: rmse, mae, bias, mean_label; float64, in the target's unit."""
+        """One record per labelled chip, in order of `row`: rmse, mae, bias, mean_label; float64, target's unit."""
         row, column = self._labelled()
         records = np.empty(len(row), [("row", np.int64), *((name, np.float64) for name in
                                                            ("rmse", "mae", "bias", "mean_label"))])

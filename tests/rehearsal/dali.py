@@ -25,7 +25,8 @@ from nvidia.dali.types import DALIDataType
 
 from engine.data import pipeline
 from engine.data.biomassters import TILE
-from tests.rehearsal.device import Device, Mistake, Stream, poison
+from tests.rehearsal.cuda import Stream
+from tests.rehearsal.state import Mistake, State, poison
 
 
 def inflated(data: np.ndarray, tables: list[np.ndarray]) -> list[np.ndarray]:
@@ -117,7 +118,7 @@ class _Output:
 def _from_dlpack(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def from_dlpack(ext_tensor, *, device=None, copy=None):  # type: ignore[no-untyped-def]
         tensor = real(ext_tensor.made, device=device, copy=copy)
-        stand_in, stream = Device.active, ext_tensor.stream
+        stand_in, stream = State.active, ext_tensor.stream
         stand_in.mark(tensor, "borrowed")
         if stream is None:
             return tensor

@@ -25,7 +25,8 @@ from engine.data.plan import Draw, draw
 from engine.data.read_ahead import ReadAhead
 from engine.data.store.chip_file import EXACT, STEPS
 from tests.rehearsal.dali import dali
-from tests.rehearsal.device import CUDA, Device, Mistake, memory
+from tests.rehearsal.device import Device
+from tests.rehearsal.state import CUDA, Mistake, memory
 
 CPU = torch.device("cpu")
 N = 8  # batches: more than everything that runs ahead holds

@@ -1,4 +1,4 @@
-"""The GPU's side of the model, prediction, measuring and CUDA graphs, rehearsed (see `tests.rehearsal.device`); and the
+"""The GPU's side of the model, prediction and CUDA graphs, rehearsed (see `tests.rehearsal.device`); and the
 stand-ins themselves against what they stand for."""
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from engine.inference.predictor import Writer, predict
 from engine.model import unet as modelling
 from engine.model import weights
 from engine.model.unet import BiomassUNet
-from engine.run.profile import Profile
 from engine.training.losses import make_loss
-from engine.training.window import _peak_memory
 from tests.rehearsal import dali as rehearsed_dali
+from tests.rehearsal.cuda import STANDINS, Runtime, get_device_properties, named
 from tests.rehearsal.dali import dali
-from tests.rehearsal.device import CUDA, PEAK, STANDINS, Device, Mistake, _named, _Runtime, get_device_properties
+from tests.rehearsal.device import Device
+from tests.rehearsal.state import CUDA, Mistake
 
 SMALL, WIDTHS = "tf_mobilenetv3_small_minimal_100", (48, 40, 32, 24, 16)
 
@@ -66,7 +66,7 @@ def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("path", STANDINS)
 def test_a_stand_in_takes_what_the_real_one_takes(path: str) -> None:
-    fake, real = STANDINS[path], _named(path)
+    fake, real = STANDINS[path], named(path)
     if not inspect.isclass(real):
         assert parameters(fake) == parameters(real)
         return
@@ -79,7 +79,7 @@ def test_a_stand_in_takes_what_the_real_one_takes(path: str) -> None:
 def test_other_stand_ins() -> None:
     for name in ("cudaHostRegister", "cudaHostUnregister"):
         told = getattr(torch._C._cudart, name).__doc__
-        assert len(parameters(getattr(_Runtime(), name))) == told.count("arg")
+        assert len(parameters(getattr(Runtime(), name))) == told.count("arg")
     assert all(hasattr(torch._C._CudaDeviceProperties, name) for name in vars(get_device_properties()))
     assert parameters(rehearsed_dali.build) == parameters(pipeline.build)
     with Device(), dali():
@@ -208,34 +208,6 @@ def test_what_waits_cannot_be_captured() -> None:
             return at * (at.sum().item() if len(runs) > cudagraphs.WARM_UP else 1)
 
         cudagraphs.record(run, None)
-
-
-# Measuring ----------------------------------------------------------------------------------------------------------
-
-
-def test_memory_is_the_devices() -> None:
-    with Device():
-        assert _peak_memory() == PEAK
-
-
-def test_a_profile_asks_for_cudas_activities(tmp_path: Path) -> None:
-    from torch.profiler import ProfilerActivity
-
-    real, asked = torch.profiler.profile, []
-
-    def profile(activities: list[ProfilerActivity], **options: Any) -> Any:
-        asked.append(activities)
-        return real(activities=activities[:1], **options)  # CUPTI would look for a driver
-
-    with Device() as device, mock.patch("engine.run.profile.profile", profile):
-        ours = Profile(range(1, 3), tmp_path)
-        for step in range(4):
-            with ours.step(step):
-                torch.ones(3, device="cuda") * 2
-        assert asked == [[ProfilerActivity.CPU, ProfilerActivity.CUDA]]
-        assert [wait.partition(" (")[0] for wait in device.waits] == ["synchronize"]
-    assert "aten::mul" in (tmp_path / "profile" / "steps-1-3.txt").read_text()
-    assert (tmp_path / "profile" / "steps-1-3.json.gz").stat().st_size > 0
 
 
 # Devices, dtypes and layouts, by tensors that are on CUDA and have no values -----------------------------------------

@@ -20,7 +20,7 @@ from engine.model.unet import BiomassUNet
 from engine.model.weights import save_weights
 from tests.conftest import ROOT, TINY, environment
 from tests.hosts import history, started
-from tests.rehearsal.device import PEAK
+from tests.rehearsal.state import PEAK
 
 pytestmark = pytest.mark.slow
 
