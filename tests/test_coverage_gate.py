@@ -43,6 +43,12 @@ Work().run(SimpleNamespace(is_cuda=False))
 used()
 subprocess.run([sys.executable, "-c", "import os, made; made.mistaken(0); os._exit(0)"], check=True)
 """
+# In the real one's place: whether the machine has a GPU
+TORCH = """
+import os
+from types import SimpleNamespace
+cuda = SimpleNamespace(is_available=lambda: "HAS_GPU" in os.environ)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pyproject.toml").write_text(PYPROJECT)
     (folder / "made" / "__init__.py").write_text(PACKAGE)
     (folder / "main.py").write_text(MAIN)
+    (folder / "torch.py").write_text(TORCH)
     done = python(folder, "-m", "coverage", "run", "main.py")
     assert done.returncode == 0, done.stderr
     return folder
@@ -98,6 +105,13 @@ def test_a_line_of_a_devices_path_is_run_or_listed(made: Path) -> None:
 def test_a_stale_or_empty_entry_fails(made: Path, entry: str, says: str) -> None:
     code, out = gate(made, RUN, entry)
     assert code == 1 and says in out
+
+
+def test_on_a_machine_with_a_gpu_an_entry_may_be_covered(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAS_GPU", "1")
+    assert gate(made, RUN, "made/__init__.py::used: slow")[0] == 0
+    code, out = gate(made, RUN, "made/__init__.py::gone: slow")
+    assert code == 1 and "does not exist" in out
 
 
 def test_two_percent_may_be_uncovered_and_not_more(made: Path) -> None:

@@ -150,6 +150,9 @@ def test_a_batch_of_too_many_blocks_is_refused(roots: dict[str, Path]) -> None:
                                           r"\(train.micro_batch, validate.micro_batch, --batch\)"):
         pipeline.define(lambda: (), form=pipeline.Form("blocks", BIOMASSTERS, STEPS), batch_size=183, device_id=0,
                         threads=1, prefetch=1, half=False, warp=True)
+    with pytest.raises(ValueError, match="form 'blocks' is inflated on a GPU"):
+        pipeline.define(lambda: (), form=pipeline.Form("blocks", BIOMASSTERS, STEPS), batch_size=1, device_id=None,
+                        threads=1, prefetch=1, half=False, warp=True)
     for form, values, most in (("blocks", STEPS, 182), ("blocks_apart", EXACT, 455)):
         pipeline.define(lambda: (), form=pipeline.Form(form, BIOMASSTERS, values), batch_size=min(most, 124),
                         device_id=0, threads=1, prefetch=1, half=False, warp=True)

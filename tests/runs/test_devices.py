@@ -6,12 +6,14 @@ import os
 import socket
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from engine.base import distributed
-from engine.base.errors import DeviceError
+from engine.base.errors import ConfigError, DeviceError
+from engine.base.launchers import Place
 from tests.conftest import free_port
 from tests.hosts import forks
 
@@ -77,3 +79,32 @@ def test_ranks_that_do_not_fit_together(cards: list[str | None], expected: str) 
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+
+
+def test_ranks_that_do_not_meet_are_told_of() -> None:
+    """Rank 0 was not started."""
+    port = free_port()
+    with mock.patch.dict(os.environ), pytest.raises(ConfigError, match=(
+            rf"rank 1 on {HOST}: not all of 2 ranks met at 127.0.0.1:{port} within 1 s .*were all started, and can "
+            r"they reach that host\?")):
+        distributed._meet(Place(1, 2, 0, 1, "127.0.0.1", port), torch.device("cpu"), timeout=1)
+
+
+def _shares(rank: int, port: str) -> None:
+    os.environ.pop("OMP_NUM_THREADS")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.sched_getaffinity = lambda process: set(range(6))
+    distributed.join("cpu", timeout=60)
+    assert torch.get_num_threads() == 3 and os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
+    distributed.leave()
+
+
+def test_ranks_of_a_host_share_its_cores() -> None:
+    port = str(free_port())
+    ranks = [forks().Process(target=_shares, args=(rank, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]

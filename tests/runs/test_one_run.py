@@ -122,8 +122,11 @@ def test_weights_are_one_file_under_all_their_names_and_whole(one: Path) -> None
 
 
 def test_four_ranks_have_the_losses_of_one(one: Path, folder: Path, sample: Path) -> None:
-    with started(folder / "log", "train", "--config", recipe(folder / "four", sample), variables=torchrun(4)) as ranks:
-        assert "a step: 4 chips = micro-batches of 1 × 1 accumulated × 4 ranks\n" in succeed(ranks)
+    with started(folder / "log", "train", "--config", recipe(folder / "four", sample), "--set", "data.cache_gb=0.25",
+                 variables=torchrun(4)) as ranks:
+        said = succeed(ranks)
+    assert "a step: 4 chips = micro-batches of 1 × 1 accumulated × 4 ranks\n" in said
+    assert "data.cache_gb: 0.25 GB for each rank, 1 GB on a host of 4\n" in said
     np.testing.assert_allclose(losses(folder / "four" / "run"), losses(one), rtol=1e-4)
 
 

@@ -105,6 +105,9 @@ def test_the_deepspeed_config(stage: int) -> None:
     assert derived["torch_autocast"]["dtype"] == "bfloat16" and derived["wall_clock_breakdown"] is True
     assert derived["gradient_clipping"] == (5.0 if stage else 0.0)
     assert "torch_autocast" not in deepspeed_config(make(train={"precision": "fp32"}), Sharding(16))
+    assert "communication_data_type" not in derived
+    halved = make(train={"zero_stage": stage, "reduce_dtype": "bf16"})
+    assert deepspeed_config(halved, Sharding(16))["communication_data_type"] == "bf16"
 
 
 @pytest.mark.parametrize("block", [{"train_batch_size": 3}, {"bf16": {"enabled": True}}, {"optimizer": {}},
