@@ -1,12 +1,12 @@
 # make demo         makes .venv, data, a small model and pictures
-# make test         makes .venv, checks style, types and layers, runs the tests
-# make test-quick   the same without whole runs, the rehearsal and benchmarks (tests/README.md)
+# make test         makes .venv, checks style, types and layers, runs the tests, and says what no test ran
+# make test-quick   the same without whole runs, the rehearsal, benchmarks and that (tests/README.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_CHIPS ?= 48
 QUICK := $(addprefix tests/,base run data model training inference kernels test_layering.py test_docs.py)
 
-.PHONY: install demo test test-quick coverage lint gpu-check clean
+.PHONY: install demo test test-quick lint gpu-check clean
 
 install: .venv/.installed
 
@@ -26,15 +26,12 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
-
-test-quick: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20 -m "not slow" $(QUICK)
-
-coverage: lint
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n auto --dist worksteal --durations=20
 	$(BIN)/python tests/coverage_gate.py
+
+test-quick: lint
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20 -m "not slow" $(QUICK)
 
 gpu-check:
 	failed=0; for call in 1 2 3; do bash benchmarks/gpu_check.sh $$call || failed=1; done; exit $$failed

@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: see engine/base/cli.py
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many workers as cores
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more would be processes that import torch first
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # workers end together where the last tests are short
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -110,9 +114,14 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def command() -> Command:
-    """Run `python launch/X.py …` (or `deepspeed`, with `ranks`) and return what it printed and its exit code."""
+    """Run launch/X.py with arguments and return what it printed and its exit code: train and predict in a fork of a
+    process that has imported torch and DeepSpeed, which saves ten seconds; with `ranks`, as `deepspeed launch/X.py …`.
+    """
+    from tests.hosts import forked
 
     def run(script: str, *args: object, ranks: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        if script != "prepare" and not ranks:
+            return forked(script, *args, timeout=timeout)
         return subprocess.run(command_line(script, *args, ranks=ranks), cwd=ROOT, env=environment(), text=True,
                               capture_output=True, timeout=timeout)
 
@@ -127,6 +136,27 @@ def command_line(script: str, *args: object, ranks: int = 0) -> list[str]:
     return [sys.executable, *words]
 
 
+def stop_tracing() -> Any:
+    """coverage.py measures this process no longer.  For compilers, whose Python takes twice as long under it.
+
+    Returns the measurement, which can go on by `start()`; None where there was none.
+    """
+    running = sys.modules["coverage"].Coverage.current() if "coverage" in sys.modules else None
+    if running is not None:
+        running.stop()
+    return running
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    stopped = stop_tracing()
+    try:
+        yield
+    finally:
+        if stopped is not None:
+            stopped.start()
+
+
 def free_port() -> int:
     """Below the ports that the system gives to outgoing connections, one of which could take it before it is used; by
     chance, so that two workers do not find the same one free."""
@@ -137,7 +167,11 @@ def free_port() -> int:
                 return port
 
 
-def environment() -> dict[str, str]:
-    """As on any machine; one thread a process, since two of them share two cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def environment(traced: bool = True) -> dict[str, str]:
+    """As on any machine; one thread a process, since two of them share two cores.
+
+    traced: coverage.py measures the process, if it measures this one; a compiler's Python takes twice as long then.
+    """
+    kept = {key: value for key, value in os.environ.items() if traced or not key.startswith("COVERAGE_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -1,7 +1,7 @@
 """Ranks of one run as processes that a test starts itself, and hosts for them made of network namespaces.
 
-Ranks are forked from a server that has imported the engine once, so that a run of two costs its steps and not ten
-seconds a rank.
+They are forked from a server that has imported the engine once, so that a run of two costs its steps and not ten
+seconds a rank; `forked` starts a command of one process so, too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,11 +125,10 @@ def forks() -> Any:
     return context
 
 
-def _be(script: str, args: list[str], variables: Mapping[str, str], cwd: Path, log: Path, host: Host | None,
-        before: Callable[[], None] | None) -> None:
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(out, number)
+def _be(script: str, args: list[str], variables: Mapping[str, str], cwd: Path, logs: tuple[Path, Path],
+        host: Host | None, before: Callable[[], None] | None) -> None:
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     if host is not None:
@@ -146,10 +146,11 @@ def _be(script: str, args: list[str], variables: Mapping[str, str], cwd: Path, l
 @contextmanager
 def started(log: Path, script: str, *args: object, variables: list[dict[str, str]], cwd: list[Path] | None = None,
             hosts: list[Host] | None = None, before: dict[int, Callable[[], None]] | None = None,
-            each: dict[int, list[object]] | None = None) -> Iterator[list[Rank]]:
+            each: dict[int, list[object]] | None = None, errors: Path | None = None) -> Iterator[list[Rank]]:
     """As many processes as there are `variables`, each with its own; killed at the end where they still run.
 
     log: a folder.  each: further arguments of some.  before: what some do first (a function of a module).
+    errors: a file for what they print as errors; None: beside the rest.
     """
     log.mkdir(parents=True, exist_ok=True)
     ranks = []
@@ -158,8 +159,9 @@ def started(log: Path, script: str, *args: object, variables: list[dict[str, str
             path = log / f"{len(list(log.iterdir()))}.txt"
             path.touch()
             words = [str(word) for word in (*args, *(each or {}).get(i, []))]
-            process = forks().Process(target=_be, args=(script, words, own, cwd[i] if cwd else ROOT, path,
-                                                         hosts[i] if hosts else None, (before or {}).get(i)))
+            process = forks().Process(target=_be, args=(
+                script, words, own, cwd[i] if cwd else ROOT, (path, errors or path), hosts[i] if hosts else None,
+                (before or {}).get(i)))
             process.start()
             ranks.append(Rank(process, path))
         yield ranks
@@ -168,6 +170,15 @@ def started(log: Path, script: str, *args: object, variables: list[dict[str, str
             if rank.process.exitcode is None:
                 rank.signal(signal.SIGKILL)
                 rank.process.join()
+
+
+def forked(script: str, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """What launch/`script`.py printed and its exit status, as `subprocess.run` gives them."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        with started(Path(folder) / "log", script, *args, variables=[{}], errors=errors) as [rank]:
+            code = rank.wait(timeout)
+            return subprocess.CompletedProcess([script, *args], code, rank.text(), errors.read_text())
 
 
 def torchrun(world: int, hosts: int = 1, address: str = "127.0.0.1") -> list[dict[str, str]]:

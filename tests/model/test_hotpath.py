@@ -21,8 +21,9 @@ from engine.model.compilation import checkpoint_regions, compile_regions, region
 from engine.model.decoder import DecoderBlock, UpsampleConv2d, upsample_conv3x3, upsample_conv3x3_reference
 from engine.model.tensors import read_tensors
 from engine.model.unet import BiomassUNet
-from tests.conftest import Command
-from tests.runs.test_training import history, recipe, succeed
+from tests.conftest import stop_tracing, untraced
+from tests.hosts import forked, history, started, torchrun
+from tests.runs.test_training import recipe, succeed
 from tests.winner import FIXTURE, images, needs_fixture
 
 SMALL = "tf_mobilenetv3_small_minimal_100"
@@ -196,7 +197,7 @@ def test_inductor_pads_while_it_normalises() -> None:
     assert isinstance(block.conv_dw, Conv2dSame)
     block.compile()
     images = torch.rand(2, block.conv_pw.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
-    with torch._inductor.config.patch(fx_graph_cache=False):
+    with untraced(), torch._inductor.config.patch(fx_graph_cache=False):
         _, codes = run_and_get_code(block, images.requires_grad_())
     kernels = {name for code in codes for name in re.findall(r"cpp_fused_\w+", code) if "constant_pad" in name}
     assert kernels and all("batch_norm" in name and "silu" in name for name in kernels)
@@ -246,7 +247,8 @@ def test_the_copy_for_inference_compiled() -> None:
     fast = optimize_for_inference(model, compile=True)
     dropped = torch.tensor([[False, True, False], [False, False, False]])
     assert all(region._compiled_call_impl is not None for region in regions(fast))
-    assert largest_difference(fast(noise(), dropped), model(noise(), dropped)) < 1e-4
+    with untraced():
+        assert largest_difference(fast(noise(), dropped), model(noise(), dropped)) < 1e-4
 
 
 @needs_fixture
@@ -296,17 +298,30 @@ def test_flips_in_one_batch() -> None:
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
+RUN = ["--set", "phases=[{epochs: 1, lr: 0.003}]", "--set", "checkpoint.every_steps=null",
+       "--set", "model.backbone=test_efficientnet"]  # few kinds of block: each takes Inductor seconds
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
+    """Of one rank, neither compiled nor computed again."""
+    folder = tmp_path_factory.mktemp("plain")
+    succeed(forked("train", "--config", recipe(folder, sample, "plain"), *RUN))
+    return folder / "plain"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_with_compiled_blocks(tmp_path: Path, sample: Path, command: Command, stage: int) -> None:
+def test_two_ranks_with_compiled_blocks(plain_run: Path, tmp_path: Path, sample: Path, stage: int) -> None:
     """Compiled or not, the losses are the same; at ZeRO-3 it runs and says that it does not compile."""
-    options = ["--set", "phases=[{epochs: 1, lr: 0.003}]", "--set",
-               f"train.zero_stage={stage}", "--set", "checkpoint.every_steps=null",
-               "--set", "model.backbone=test_efficientnet"]  # few kinds of block: each takes Inductor seconds
-    succeed(command("train", "--config", recipe(tmp_path, sample, "plain"), *options, ranks=2))
-    out = succeed(command("train", "--config", recipe(tmp_path, sample, "compiled"), *options, "--set",
-                          "train.compile=true", "--set", "train.checkpoint_activations=true", ranks=2, timeout=600))
+    with started(tmp_path / "log", "train", "--config", recipe(tmp_path, sample, "compiled"), *RUN, "--set",
+                 f"train.zero_stage={stage}", "--set", "train.compile=true", "--set",
+                 "train.checkpoint_activations=true", variables=torchrun(2),
+                 before=dict.fromkeys(range(2), stop_tracing)) as ranks:
+        assert [rank.wait(600) for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+        out = ranks[0].text()
     assert ("blocks of" in out) == (stage < 3) and ("nothing is compiled at ZeRO-3" in out) == (stage == 3)
     assert "recomputed in the backward" in out
-    ours, theirs = (history(tmp_path / name) for name in ("compiled", "plain"))
+    ours, theirs = history(tmp_path / "compiled"), history(plain_run)
+    assert len(ours) == len(theirs) == 3
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-3)

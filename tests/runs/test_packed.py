@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,9 @@ import pytest
 
 from engine.data.index import open_index
 from engine.data.store.pack import pack
-from tests.conftest import ROOT, Command, command_line, environment
-from tests.runs.test_training import history, recipe, same_run, succeed
+from tests.conftest import Command
+from tests.hosts import forked
+from tests.runs.test_training import by_two, history, kill, recipe, same_run, succeed
 
 pytestmark = pytest.mark.slow
 
@@ -53,39 +52,25 @@ def store(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+QUARANTINE = ["--set", "data.bad_chips=quarantine"]
+
+
 @pytest.fixture(scope="module")
 def whole(store: Path) -> Path:
-    succeed(subprocess.run(line(store, "whole"), cwd=ROOT, env=environment(), text=True, capture_output=True,
-                           timeout=300))
+    succeed(forked("train", "--config", recipe(store.parent, store, "whole"), *QUARANTINE))
     return store.parent / "whole"
 
 
-def line(store: Path, name: str, *options: str, ranks: int = 0) -> list[str]:
-    return command_line("train", "--config", recipe(store.parent, store, name), "--set", "data.bad_chips=quarantine",
-                        *options, ranks=ranks)
-
-
 def test_a_killed_run_goes_on_bit_exact(store: Path, whole: Path) -> None:
-    process = subprocess.Popen(line(store, "killed"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    path, deadline = store.parent / "killed" / "history.jsonl", time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_text().count('"step", ') >= 4:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.kill()
-    process.wait()
-    out = succeed(subprocess.run(line(store, "killed"), cwd=ROOT, env=environment(), text=True, capture_output=True,
-                                 timeout=300))
-    assert "resumed from" in out
-    same_run(whole, store.parent / "killed")
+    path = recipe(store.parent, store, "killed")
+    kill(path, 4, *QUARANTINE)
+    assert "resumed from" in succeed(forked("train", "--config", path, *QUARANTINE))
+    same_run(whole, path.with_suffix(""))
 
 
 def test_two_ranks_find_the_bad_chip_together(store: Path, whole: Path) -> None:
     """Each rank checks half of the chips; both leave out the same one, and the losses are those of one rank."""
-    succeed(subprocess.run(line(store, "two", ranks=2), cwd=ROOT, env=environment(),
-                           text=True, capture_output=True, timeout=300))
+    by_two(recipe(store.parent, store, "two"), *QUARANTINE)
     one, two = (json.loads((run / "quarantine.json").read_text()) for run in (whole, store.parent / "two"))
     bad = open_index(store).split("train")[2]
     assert one == two and list(one) == [bad.id] and "checksum of its month" in one[bad.id]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Command, command_line, environment
+from tests.hosts import forked, started, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -91,60 +91,65 @@ def same_run(a: Path, b: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def kill(path: Path, steps: int, *options: object) -> None:
+    """Start the run of the recipe `path` and, once it has done so many steps, end it by SIGKILL."""
+    run = path.with_suffix("")
+    with started(path.parent / "log", "train", "--config", path, *options, variables=[{}]) as [rank]:
+        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= steps, 240)
+        rank.signal(signal.SIGKILL)
+        assert rank.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
 @pytest.mark.parametrize("steps_before", [2, 5])
 def test_kill_9_and_the_same_command_again_is_bit_exact(whole: Path, folder: Path, sample: Path,
                                                          steps_before: int) -> None:
-    name = f"killed-{steps_before}"
-    line = command_line("train", "--config", recipe(folder, sample, name))
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        path = folder / name / "history.jsonl"
-        if path.exists() and path.read_text().count('"step", ') >= steps_before:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.kill()
-    process.wait()
-    assert len(history(folder / name)) < 7
-    out = succeed(subprocess.run(line, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300))
+    path = recipe(folder, sample, f"killed-{steps_before}")
+    kill(path, steps_before)
+    assert len(history(path.with_suffix(""))) < 7
+    out = succeed(forked("train", "--config", path))
     assert "resumed from" in out or steps_before == 2
-    same_run(whole, folder / name)
+    same_run(whole, path.with_suffix(""))
 
 
 def test_sigterm_saves_and_says_so(folder: Path, sample: Path) -> None:
-    line = command_line("train", "--config", recipe(folder, sample, "stopped"), "--set", "checkpoint.every_steps=null")
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL)
-    path = folder / "stopped" / "history.jsonl"
-    while process.poll() is None and not (path.exists() and path.read_text().count("loss") >= 1):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and "with everything saved" in err and "same command goes on" in err
-    [saved] = (folder / "stopped" / "checkpoints").iterdir()
-    assert saved.name == f"step-{len(history(folder / 'stopped')):08d}"
+    run = folder / "stopped"
+    with started(folder / "log", "train", "--config", recipe(folder, sample, "stopped"), "--set",
+                 "checkpoint.every_steps=null", variables=[{}]) as [rank]:
+        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= 1, 240)
+        rank.signal(signal.SIGTERM)
+        assert rank.wait() == 143
+        assert "with everything saved" in rank.text() and "same command goes on" in rank.text()
+    [saved] = (run / "checkpoints").iterdir()
+    assert saved.name == f"step-{len(history(run)):08d}"
+
+
+def by_two(path: Path, *options: object) -> None:
+    """The run of the recipe `path` by two ranks."""
+    with started(path.parent / "log", "train", "--config", path, *options, variables=torchrun(2)) as ranks:
+        assert [rank.wait(300) for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_two_ranks_give_the_losses_of_one(whole: Path, folder: Path, sample: Path, command: Command,
                                           stage: int) -> None:
-    """Global batches of 2 chips either way: one rank accumulates two, two ranks take one each."""
+    """Global batches of 2 chips either way: one rank accumulates two, two ranks take one each; once as the deepspeed
+    launcher starts them."""
     path = recipe(folder, sample, f"two-{stage}")
-    succeed(command("train", "--config", path, "--set", f"train.zero_stage={stage}", ranks=2))
+    if stage == 0:
+        succeed(command("train", "--config", path, ranks=2))
+    else:
+        by_two(path, "--set", f"train.zero_stage={stage}")
     ours, theirs = (history(run) for run in (folder / f"two-{stage}", whole))
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
     np.testing.assert_allclose([r["grad_norm"] for r in ours], [r["grad_norm"] for r in theirs], rtol=0.02)
 
 
-def test_accumulation_over_two_ranks(folder: Path, sample: Path, command: Command) -> None:
+def test_accumulation_over_two_ranks(folder: Path, sample: Path) -> None:
     """Global batches of 4 chips: two ranks × two accumulated under ZeRO-2, against one rank × four."""
     options = ["--set", "phases=[{epochs: 2, lr: 0.003}]", "--set", "data.split.folds=2", "--set", "validate.every=2",
-               "--set", "checkpoint.every_steps=null"]
-    succeed(command("train", "--config", recipe(folder, sample, "one-by-four"), *options,
-                    "--set", "train.global_batch=4"))
-    succeed(command("train", "--config", recipe(folder, sample, "two-by-two"), *options,
-                    "--set", "train.global_batch=4", "--set", "train.zero_stage=2", ranks=2))
+               "--set", "checkpoint.every_steps=null", "--set", "train.global_batch=4"]
+    succeed(forked("train", "--config", recipe(folder, sample, "one-by-four"), *options))
+    by_two(recipe(folder, sample, "two-by-two"), *options, "--set", "train.zero_stage=2")
     one, two = (history(folder / name) for name in ("one-by-four", "two-by-two"))
     assert len(one) == 2
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)
