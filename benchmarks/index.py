@@ -32,8 +32,9 @@ from harness import Recorder, Timing, Variant, common_options, out_path, result
 from engine.base.cli import main
 from engine.base.errors import DataError
 from engine.data.biomassters import AGBM_DTYPE, BIOMASSTERS, SENSORS, TILE
-from engine.data.index import Chip, open_index, read_metadata
+from engine.data.index import Chip, open_index
 from engine.data.made.sample import FEATURE_COLUMNS, LABEL_COLUMNS
+from engine.data.metadata import read_metadata
 from engine.data.store.chip_file import CHIPS, LEVEL, MANIFEST, STEPS, SUFFIX, VERSION
 from engine.data.store.pack import FORMAT
 

@@ -104,7 +104,8 @@ def run_sample(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     from engine.base.errors import DataError
     from engine.base.progress import Progress
-    from engine.data.index import is_store, read_metadata, verify
+    from engine.data.index import is_store
+    from engine.data.metadata import read_metadata, verify
 
     if not args.data.is_dir():
         raise DataError(f"{args.data}: no such folder")

@@ -1,7 +1,7 @@
 """Which chips there are, which months each has, and where the files lie.
 
-The only module that knows how folders are laid out and how the CSVs are named (docs/data.md).  A folder is read from
-its CSV files where they exist and from file names where they do not; both give the same `Index`.
+The only module that knows how folders are laid out (docs/data.md); `engine.data.metadata` knows the CSVs.  A folder is
+read from file names, and held to its CSVs where it has any.
 
 The whole challenge is 261,115 files, so an index is made from names alone: every folder is listed once, a chip's months
 are bits of one integer until its `Chip` is made, and no object is made for a file (benchmarks/index.py).
@@ -9,29 +9,18 @@ are bits of one integer until its `Chip` is made, and no object is made for a fi
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any
 
 from engine.base.errors import DataError
 from engine.data.dataset import FILE, Dataset, load_dataset, parse_dataset
+from engine.data.metadata import FEATURE_CSVS, LABEL_CSVS, Published, find_csv, read_metadata, rows
 from engine.data.store import chip_file
-from engine.data.tiff.checksum import cksum_file
 
-# Names under which the two CSVs are found in the wild; several of one kind are fine where they hold the same
-FEATURE_CSVS = ("*features_metadata*.csv", "*features_metadata*.csv.gz")
-LABEL_CSVS = ("*train_agbm_metadata*.csv", "*train_agbm_metadata*.csv.gz")
-# The names that other libraries look for (docs/other-libraries.md): torchgeo, TerraTorch
-FEATURE_CSVS_ELSEWHERE = ("biomassters_features_metadata.csv", "The_BioMassters_-_features_metadata.csv.csv")
 
 @dataclass(frozen=True)
 class Chip:
@@ -69,16 +58,6 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class Published:
-    """What a metadata row says of a file."""
-
-    path: Path
-    size: int | None
-    cksum: int | None
-    url: dict[str, str] = field(default_factory=dict)  # region -> s3 path
-
-
-@dataclass(frozen=True)
 class Index:
     """The chips of a folder, sorted by id."""
 
@@ -89,7 +68,7 @@ class Index:
     @cached_property
     def files(self) -> tuple[Published, ...]:
         """Rows of the CSVs, read when they are first asked for; empty where the folder has none."""
-        return () if is_store(self.root) else tuple(read_metadata(self.root, self.dataset))
+        return () if is_store(self.root) else tuple(read_metadata(self.root, self.dataset.folders))
 
     def __len__(self) -> int:
         return len(self.chips)
@@ -119,8 +98,8 @@ def open_index(root: Path | str, dataset: Dataset | None = None) -> Index:
     if is_store(root):
         return _open_store(root)
     dataset = dataset_at(root, dataset)
-    csvs = [path for patterns in (FEATURE_CSVS, LABEL_CSVS) if (path := _find_csv(root, patterns))]
-    listed = {row.name for path in csvs for row in _rows(path)}
+    csvs = [path for patterns in (FEATURE_CSVS, LABEL_CSVS) if (path := find_csv(root, patterns))]
+    listed = {row.name for path in csvs for row in rows(path)}
     tiffs = {folder: _tiffs(folder) for folder in _folders(root, dataset)}
     names = dataset.folders
     expected = f"expected {_example(dataset)} in {names.train}/ or {names.test}/"
@@ -230,9 +209,9 @@ def _chips(tiffs: dict[Path, list[str]], dataset: Dataset) -> list[Chip]:
             months[chip] = months.get(chip, 0) | bits << sensor * steps
             if folders.setdefault(chip, folder) is not folder:
                 raise DataError(f"{folder / name}: chip {chip} lies in {folders[chip]} as well; keep one of them")
-    rows = cache(lambda bits: tuple(tuple(bool(bits >> s * steps + t & 1) for t in range(steps))
+    months_of = cache(lambda bits: tuple(tuple(bool(bits >> s * steps + t & 1) for t in range(steps))
                                     for s in range(len(dataset.sensors))))  # few chips have months of their own
-    return [Chip(chip, "test" if folders[chip].name == dataset.folders.test else "train", dataset, rows(have),
+    return [Chip(chip, "test" if folders[chip].name == dataset.folders.test else "train", dataset, months_of(have),
                  folders[chip], labels[chip] / dataset.label_name(chip) if chip in labels else None)
             for chip, have in sorted(months.items())]
 
@@ -265,114 +244,3 @@ def _agree(root: Path, dataset: Dataset, listed: set[str], on_disk: set[str]) ->
     if extra and any(map(chip_of, listed)):
         raise DataError(f"{root}: {len(extra)} files are on disk but not in the metadata CSV, first {extra[0]}; "
                         f"move them away or remove the CSV to index by file names")
-
-
-class _Row(NamedTuple):
-    """A row of a metadata CSV."""
-
-    name: str
-    split: str  # "" in the labels' CSV, which has no such column
-    size: int | None
-    cksum: int | None
-    url: dict[str, str]  # region -> s3 path
-
-
-def read_metadata(root: Path, dataset: Dataset | None = None) -> Iterator[Published]:
-    """The rows of the metadata CSVs in `root` as files with their published size and checksum."""
-    names = dataset_at(root, dataset).folders
-    folders = {"train": root / names.train, "test": root / names.test}
-    split_folders = any(folder.is_dir() for folder in folders.values())
-    if features := _find_csv(root, FEATURE_CSVS):
-        for row in _rows(features):
-            folder = folders.get(row.split or "train", root / f"{row.split}_features") if split_folders else root
-            yield Published(folder / row.name, row.size, row.cksum, row.url)
-    if labels := _find_csv(root, LABEL_CSVS):
-        folder = root / names.target
-        folder = folder if folder.is_dir() else root
-        for row in _rows(labels):
-            yield Published(folder / row.name, row.size, row.cksum, row.url)
-
-
-def _find_csv(root: Path, patterns: tuple[str, ...]) -> Path | None:
-    found = sorted({path for pattern in patterns for path in root.glob(pattern)})
-    for path in found:
-        if not path.exists():
-            raise DataError(f"{path}: is a link to nothing; remove it, or bring back {path.readlink()}")
-    for other in found[1:]:
-        if not same_content(found[0], other):
-            raise DataError(f"{root}: {found[0].name} and {other.name} are metadata of one kind and differ; keep one")
-    return found[0] if found else None
-
-
-def same_content(one: Path, other: Path) -> bool:
-    """Whether two CSVs are one file, or hold the same bytes (decompressed, where they end in .gz)."""
-    if one.samefile(other):
-        return True
-    with _open(one) as a, _open(other) as b:
-        blocks = ((a.read(1 << 20), b.read(1 << 20)) for _ in count())
-        return all(x == y for x, y in takewhile(any, blocks))
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle)
-        header = next(reader, [])
-        width, columns = len(header), {column: place for place, column in enumerate(header)}
-        if "filename" not in columns:
-            raise DataError(f"{path}: column filename is missing; is this the challenge's CSV?")
-        name, size, cksum, split = (columns.get(column, width) for column in ("filename", "size", "cksum", "split"))
-        regions = [(column.removeprefix("s3path_"), place) for column, place in columns.items()
-                   if column.startswith("s3path_")]
-        for cells in reader:
-            if not cells:
-                continue
-            del cells[width:]
-            cells += [""] * (width + 1 - len(cells))  # the last one stands for columns that are not there
-            if not cells[name]:
-                raise DataError(f"{path}:{reader.line_num}: empty filename; download the CSV again")
-            try:
-                row_size, row_cksum = (int(cells[place]) if cells[place] else None for place in (size, cksum))
-            except ValueError:
-                raise DataError(f"{path}: size or cksum of {cells[name]} is no number; download the CSV "
-                                f"again") from None
-            yield _Row(cells[name], cells[split], row_size, row_cksum,
-                       {region: cells[place] for region, place in regions})
-
-
-@dataclass(frozen=True)
-class Problem:
-    path: Path
-    what: str
-
-
-def verify(files: Iterable[Published], workers: int = 4,
-           progress: Callable[[int], None] | None = None) -> list[Problem]:
-    """Compare files with their published size and `cksum`.  `progress` is called with 1 after each file."""
-
-    def check(file: Published) -> Problem | None:
-        try:
-            actual = file.path.stat().st_size
-        except FileNotFoundError:
-            return Problem(file.path, "missing")
-        except OSError as error:
-            return Problem(file.path, str(error))
-        if file.size is not None and actual != file.size:
-            return Problem(file.path, f"{actual} bytes, published {file.size}")
-        if file.cksum is not None:
-            crc, _ = cksum_file(file.path)
-            if crc != file.cksum:
-                return Problem(file.path, f"cksum {crc}, published {file.cksum}")
-        return None
-
-    problems = []
-    with ThreadPoolExecutor(workers) as pool:
-        for problem in pool.map(check, files):
-            if problem:
-                problems.append(problem)
-            if progress:
-                progress(1)
-    return problems

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from engine.base.errors import DataError
-from engine.data import index
+from engine.data import index, metadata
 from engine.data.biomassters import BIOMASSTERS, T
-from engine.data.index import open_index, read_metadata, verify
+from engine.data.index import open_index
+from engine.data.metadata import read_metadata, verify
 from engine.data.store.pack import pack
 from tests.conftest import SHARED
 
@@ -198,7 +199,7 @@ def test_opening_makes_no_object_for_a_file(copy: Path, monkeypatch: pytest.Monk
     """A quarter of a million of them took longer than all the rest; they are made for those who ask."""
     made: list[Path] = []
     published = index.Published
-    monkeypatch.setattr(index, "Published", lambda path, *rest: made.append(path) or published(path, *rest))
+    monkeypatch.setattr(metadata, "Published", lambda path, *rest: made.append(path) or published(path, *rest))
     opened = open_index(copy)
     assert not made
     assert [file.path for file in opened.files] == made == [file.path for file in opened.files] and len(made) > 2 * T

@@ -17,7 +17,8 @@ import pytest
 from engine.base.errors import ConfigError, DataError
 from engine.config import load_config
 from engine.data.biomassters import BIOMASSTERS, S1_NODATA, S1_SHAPE, T
-from engine.data.index import Chip, Published, open_index, read_manifest, read_metadata, verify
+from engine.data.index import Chip, open_index, read_manifest
+from engine.data.metadata import Published, read_metadata, verify
 from engine.data.selection.chips import select_chips
 from engine.data.store import chip_file
 from engine.data.store import pack as packing

@@ -18,8 +18,9 @@ import torch
 
 from engine.base.errors import ConfigError, DataError
 from engine.data.biomassters import AGBM_DTYPE, BIOMASSTERS, MONTHS, S1, S1_NODATA, S1_SHAPE, S2, S2_SHAPE, TILE, T
-from engine.data.index import FEATURE_CSVS_ELSEWHERE, open_index
+from engine.data.index import open_index
 from engine.data.made import forest, sample
+from engine.data.metadata import FEATURE_CSVS_ELSEWHERE
 from engine.data.tiff.checksum import cksum_file
 from engine.data.tiff.tiff import read_into
 from engine.inference.predictor import choose_chips, predict

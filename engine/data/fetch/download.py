@@ -25,7 +25,7 @@ from engine.base.errors import ConfigError, DataError
 from engine.base.progress import Progress
 from engine.data.biomassters import BIOMASSTERS, FEATURE_NAMES, LABEL_NAME
 from engine.data.fetch.s3 import ByChip, Deliver, Remote
-from engine.data.index import FEATURE_CSVS, LABEL_CSVS, Published, read_metadata, verify
+from engine.data.metadata import FEATURE_CSVS, LABEL_CSVS, Published, read_metadata, verify
 from engine.data.store import chip_file, pack
 from engine.data.tiff.tiff import write_bytes
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from engine.base.errors import ConfigError, DataError, EngineError
 from engine.data.biomassters import BIOMASSTERS, FEATURE_NAMES
 from engine.data.dataset import LABEL_DTYPE
-from engine.data.index import Problem
+from engine.data.metadata import Problem
 from engine.data.tiff.checksum import posix_cksum
 
 try:

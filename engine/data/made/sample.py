@@ -32,8 +32,8 @@ import numpy as np
 
 from engine.base.errors import ConfigError, DataError
 from engine.data.biomassters import AGBM_IGNORE_ABOVE, BIOMASSTERS, MONTHS, S1_NODATA, SENSORS, T
-from engine.data.index import FEATURE_CSVS_ELSEWHERE, same_content
 from engine.data.made import forest as forest
+from engine.data.metadata import FEATURE_CSVS_ELSEWHERE, same_content
 from engine.data.tiff.checksum import posix_cksum
 from engine.data.tiff.tiff import encode, write_bytes
 

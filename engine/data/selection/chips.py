@@ -8,7 +8,8 @@ from engine.base.errors import ConfigError, DataError
 from engine.config import Config
 from engine.data.dataset import load_dataset
 from engine.data.forms import read_label
-from engine.data.index import Chip, is_store, open_index, verify
+from engine.data.index import Chip, is_store, open_index
+from engine.data.metadata import verify
 from engine.data.selection.folds import kfold, load_folds, stratified
 from engine.data.store.pack import verify_store
 

@@ -17,7 +17,8 @@ from engine.base.errors import DataError
 from engine.base.files import write_text
 from engine.base.progress import Progress
 from engine.data.forms import open_source
-from engine.data.index import Chip, open_index, verify
+from engine.data.index import Chip, open_index
+from engine.data.metadata import verify
 from engine.data.store import chip_file
 
 REPORT = "quarantine.json"

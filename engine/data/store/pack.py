@@ -21,7 +21,8 @@ import numpy as np
 from engine.base.errors import ConfigError, DataError
 from engine.base.files import atomic_write, write_text
 from engine.data.dataset import LABEL_DTYPE, Dataset
-from engine.data.index import Chip, Index, Problem, Published, is_store, open_index
+from engine.data.index import Chip, Index, is_store, open_index
+from engine.data.metadata import Problem, Published
 from engine.data.store import chip_file
 from engine.data.store.source import PackedSource
 from engine.data.tiff import tiff
