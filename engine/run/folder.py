@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,9 +35,10 @@ _FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("
          ("train", "timeout_s"))
 
 
-def claim(folder: Path, config: Config, restart: bool, values: str) -> BinaryIO | None:
+def claim(folder: Path, config: Config, restart: bool, data: Mapping[str, Any]) -> BinaryIO | None:
     """Make the run's folder this recipe's, and nobody else's as long as the lock that rank 0 gets is open.
-    `values`: how exact floats are in its data (`engine.data.store.chip_file`).
+    data: what may not change of its data while it lasts: `values`, how exact floats are ("steps" or "exact"), and
+    `dataset`, the description.
 
     Raises ConfigError where another process trains in it, where it holds a run of another recipe, or one that was begun
     on data of another exactness (`data.path` itself may change, between the TIFFs and a lossless store for instance),
@@ -49,7 +50,7 @@ def claim(folder: Path, config: Config, restart: bool, values: str) -> BinaryIO 
             if restart and folder.exists() and not (folder / "config.yaml").exists():
                 raise ConfigError(f"{folder} is not a run's folder; --restart does not delete it")
             lock = _lock(folder)
-            _claim(folder, config, restart, values)
+            _claim(folder, config, restart, data)
     _seen_by_all(folder)
     return lock
 
@@ -72,8 +73,8 @@ def _lock(folder: Path) -> BinaryIO:
     return handle
 
 
-def _claim(folder: Path, config: Config, restart: bool, values: str) -> None:
-    path, data = folder / "config.yaml", folder / "data.json"
+def _claim(folder: Path, config: Config, restart: bool, data: Mapping[str, Any]) -> None:
+    path, about = folder / "config.yaml", folder / "data.json"
     if restart:
         for entry in folder.iterdir():
             if entry.is_dir():
@@ -86,13 +87,17 @@ def _claim(folder: Path, config: Config, restart: bool, values: str) -> None:
         if changed:
             raise ConfigError(f"{folder} holds a run of another recipe ({', '.join('.'.join(k) for k in changed[:5])} "
                               f"changed); give this one another run.name, or --restart to delete that run")
-        begun_on = _begun_on(data)
-        if begun_on not in (None, values):
-            raise ConfigError(f"{folder} holds a run that was begun on data with floats {_WORDS[str(begun_on)]}, and "
-                              f"data.path {config.data.path} has them {_WORDS[values]}; set it to such data, or give "
-                              f"this one another run.name")
+        begun_on = _begun_on(about) or data
+        if begun_on.get("values") != data["values"]:
+            before = _WORDS.get(str(begun_on.get("values")), "otherwise")
+            raise ConfigError(f"{folder} holds a run that was begun on data with floats {before}, and data.path "
+                              f"{config.data.path} has them {_WORDS[data['values']]}; set it to such data, or give this one another run.name")
+        other = [".".join(key) for key in _differences(begun_on, dict(data))]
+        if other:
+            raise ConfigError(f"{folder} holds a run that was begun on data of another description ({', '.join(other)} "
+                              f"changed); restore the description, or give this one another run.name")
     write_text(path, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
-    write_text(data, json.dumps({"values": values}) + "\n")
+    write_text(about, json.dumps(dict(data)) + "\n")
 
 
 def _seen_by_all(folder: Path) -> None:
@@ -113,12 +118,13 @@ def _seen_by_all(folder: Path) -> None:
                           f"on host {absent[0]}, do not see what rank 0 writes there; set run.folder to a shared disk")
 
 
-def _begun_on(path: Path) -> str | None:
+def _begun_on(path: Path) -> dict[str, Any] | None:
     """None where the run does not say: it was killed as it began, or the file was damaged."""
     try:
-        return str(json.loads(path.read_text())["values"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and "values" in found else None
 
 
 def _differences(old: Any, new: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -18,6 +18,8 @@ from engine.run.background import Background
 from engine.run.folder import LOCK, _lock, claim
 from tests.hosts import forks
 
+DATA = {"values": "exact", "dataset": {"name": "made", "tile": 64}}
+
 
 def config(tmp_path: Path, **optimizer: float) -> Config:
     return parse_config({"data": {"path": "/none"}, "run": {"folder": str(tmp_path)}, "optimizer": optimizer}, "a test")
@@ -39,7 +41,7 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_it(tmp_path: Path) -> Non
         assert time.monotonic() < end
         time.sleep(0.01)
     with pytest.raises(ConfigError, match=f"{folder}: process {other.pid} on host {socket.gethostname()} trains in it"):
-        claim(folder, config(tmp_path), restart=False, s1="exact")
+        claim(folder, config(tmp_path), restart=False, data=DATA)
     with pytest.raises(ConfigError, match="another run.name"):
         _lock(folder)
     os.kill(other.pid, signal.SIGKILL)
@@ -52,16 +54,18 @@ def test_a_recipe_claims_its_folder_and_no_other_does(tmp_path: Path) -> None:
     mine = config(tmp_path)
     folder = mine.run_folder
     for _ in range(2):
-        lock = claim(folder, mine, False, "exact")
+        lock = claim(folder, mine, False, DATA)
         assert lock is not None
         lock.close()
     with pytest.raises(ConfigError, match="another recipe .optimizer.lr changed."):
-        claim(folder, config(tmp_path, lr=0.5), False, "exact")
-    with pytest.raises(ConfigError, match="begun on Sentinel-1 as exact"):
-        claim(folder, mine, False, "steps")
+        claim(folder, config(tmp_path, lr=0.5), False, DATA)
+    with pytest.raises(ConfigError, match="begun on data with floats as they are"):
+        claim(folder, mine, False, {**DATA, "values": "steps"})
+    with pytest.raises(ConfigError, match="begun on data of another description .dataset.tile changed."):
+        claim(folder, mine, False, {**DATA, "dataset": {"name": "made", "tile": 96}})
     (folder / "weights").mkdir()
     (folder / "history.jsonl").write_text("{}\n")
-    lock = claim(folder, config(tmp_path, lr=0.5), True, "steps")
+    lock = claim(folder, config(tmp_path, lr=0.5), True, {**DATA, "values": "steps"})
     assert lock is not None and {path.name for path in folder.iterdir()} == {LOCK, "config.yaml", "data.json"}
     with pytest.raises(ConfigError, match="trains in it"):  # the lock is that of the folder that was emptied
         _lock(folder)
@@ -73,7 +77,7 @@ def test_a_restart_does_not_empty_a_folder_that_is_no_run(tmp_path: Path) -> Non
     mine.run_folder.mkdir()
     (mine.run_folder / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="not a run's folder"):
-        claim(mine.run_folder, mine, True, "exact")
+        claim(mine.run_folder, mine, True, DATA)
     assert (mine.run_folder / "thesis.tex").exists()
 
 

@@ -82,4 +82,4 @@ def test_two_ranks_find_the_bad_chip_together(store: Path, whole: Path) -> None:
 def test_a_run_does_not_change_its_data_in_silence(store: Path, whole: Path, sample: Path, command: Command) -> None:
     result = command("train", "--config", recipe(store.parent, sample, "whole"), "--set", "data.bad_chips=quarantine")
     assert result.returncode == 2
-    assert "begun on Sentinel-1 as 0.01 dB" in result.stderr and f"{sample} has it as float32" in result.stderr
+    assert "begun on data with floats in steps" in result.stderr and f"{sample} has them as they are" in result.stderr
