@@ -42,7 +42,8 @@ class Section(BaseModel):
         return tuple(getattr(self, name) for name in type(self).model_fields)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._fields() == other._fields()  # type: ignore[attr-defined]
+        return self is other or (
+            isinstance(other, Section) and type(self) is type(other) and self._fields() == other._fields())
 
     def __hash__(self) -> int:
         return hash(self._fields())

@@ -91,7 +91,8 @@ def _claim(folder: Path, config: Config, restart: bool, data: Mapping[str, Any])
         if begun_on.get("values") != data["values"]:
             before = _WORDS.get(str(begun_on.get("values")), "otherwise")
             raise ConfigError(f"{folder} holds a run that was begun on data with floats {before}, and data.path "
-                              f"{config.data.path} has them {_WORDS[data['values']]}; set it to such data, or give this one another run.name")
+                              f"{config.data.path} has them {_WORDS[data['values']]}; set it to such data, or give "
+                              f"this one another run.name")
         other = [".".join(key) for key in _differences(begun_on, dict(data))]
         if other:
             raise ConfigError(f"{folder} holds a run that was begun on data of another description ({', '.join(other)} "
