@@ -37,10 +37,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     Raises WeightsError, naming the file and the remedy.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a .safetensors file or one written by torch.save")
-    with path.open("rb") as handle:
-        head = handle.read(9)
+    head = _head(path)
     if head[:2] == b"PK":
         return _from_torch_zip(path)
     if head[8:9] == b"{":
@@ -54,14 +51,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts of a safetensors file; none of other kinds.  Raises WeightsError for one that is damaged."""
-    with path.open("rb") as handle:
-        if handle.read(9)[8:9] != b"{":
-            return {}
+    if _head(path)[8:9] != b"{":
+        return {}
     try:
         with safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {})
     except SafetensorError as error:
         raise WeightsError(f"{path}: truncated or damaged ({error}); copy or download it again") from error
+
+
+def _head(path: Path) -> bytes:
+    """By which the kinds are told."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a .safetensors file or one written by torch.save")
+    with path.open("rb") as handle:
+        return handle.read(9)
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
