@@ -119,7 +119,7 @@ def command() -> Command:
     """
     from tests.hosts import forked
 
-    def run(script: str, *args: object, ranks: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(script: str, *args: object, ranks: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         if script != "prepare" and not ranks:
             return forked(script, *args, timeout=timeout)
         return subprocess.run(command_line(script, *args, ranks=ranks), cwd=ROOT, env=environment(), text=True,

@@ -100,7 +100,7 @@ class Rank:
     def text(self) -> str:
         return self.log.read_text()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running after {seconds} s:\n{self.text()}"
         return self.process.exitcode
@@ -108,7 +108,7 @@ class Rank:
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Wait for something that this rank brings about."""
         end = time.monotonic() + seconds
         while not condition():
@@ -172,7 +172,7 @@ def started(log: Path, script: str, *args: object, variables: list[dict[str, str
                 rank.process.join()
 
 
-def forked(script: str, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def forked(script: str, *args: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """What launch/`script`.py printed and its exit status, as `subprocess.run` gives them."""
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"

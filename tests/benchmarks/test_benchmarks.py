@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import importlib
 import itertools
 import json
 import re
@@ -35,6 +36,7 @@ import step_estimate
 from model_parts import Flop, Setup
 from plain_model import PlainUNet
 
+from engine.base import cli
 from engine.data.batch import Request
 from engine.data.forms import open_source
 from engine.data.index import open_index
@@ -188,11 +190,16 @@ def test_a_cut_off_run_leaves_what_it_had(clock: Clock, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("script", ["attention", "model", "loader", "same_padding"])
-def test_without_a_gpu_it_says_so(script: str) -> None:
+def test_without_a_gpu_it_says_so(script: str, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
     if script == "loader":
         pytest.importorskip("cv2", reason="needs opencv-python-headless")
-    done = run_script(script, "--device", "gpu")
-    assert done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--device", "gpu"])
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(module.arguments(), module.run)
+    said = capsys.readouterr().err
+    assert "no CUDA device" in said and "Traceback" not in said
 
 
 # The baselines compute what ours compute ---------------------------------------------------------------------------

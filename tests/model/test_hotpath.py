@@ -174,13 +174,16 @@ def test_compiled_blocks_take_any_number_of_months_in_one_graph(monkeypatch: pyt
     assert "17 blocks" in compile_regions(compiled, backend=count)
     checkpoint_regions(compiled)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    first = steps(compiled, (3,))
+    with untraced():
+        first = steps(compiled, (3,))
     after_first = len(graphs)
     assert 5 < after_first <= 17
     assert_same(first, steps(plain, (3,)))
     for model in (compiled, plain):
         model.zero_grad()
-    assert_same(steps(compiled, (2, 1)), steps(plain, (2, 1)))
+    with untraced():
+        more = steps(compiled, (2, 1))
+    assert_same(more, steps(plain, (2, 1)))
     assert len(graphs) == after_first
     copied = copy.deepcopy(compiled)  # the plain model again
     with torch.no_grad():
@@ -318,7 +321,7 @@ def test_two_ranks_with_compiled_blocks(plain_run: Path, tmp_path: Path, sample:
                  f"train.zero_stage={stage}", "--set", "train.compile=true", "--set",
                  "train.checkpoint_activations=true", variables=torchrun(2),
                  before=dict.fromkeys(range(2), stop_tracing)) as ranks:
-        assert [rank.wait(600) for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+        assert [rank.wait(1200) for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
         out = ranks[0].text()
     assert ("blocks of" in out) == (stage < 3) and ("nothing is compiled at ZeRO-3" in out) == (stage == 3)
     assert "recomputed in the backward" in out

@@ -55,7 +55,7 @@ def _meets(rank: int, port: str, cards: list[str | None], expected: str) -> None
     try:
         distributed.join("auto", timeout=60)
     except Exception as error:
-        assert (rank, str(error)) == (rank, error_of(rank, expected)) and time.monotonic() - begin < 15
+        assert (rank, str(error)) == (rank, error_of(rank, expected)) and time.monotonic() - begin < 45
         return
     raise AssertionError("they have met")
 
@@ -77,7 +77,7 @@ def test_ranks_that_do_not_fit_together(cards: list[str | None], expected: str) 
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(300)
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
 
 
@@ -91,7 +91,8 @@ def test_ranks_that_do_not_meet_are_told_of() -> None:
 
 
 def _shares(rank: int, port: str) -> None:
-    os.environ.pop("OMP_NUM_THREADS")
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.pop(name, None)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.sched_getaffinity = lambda process: set(range(6))

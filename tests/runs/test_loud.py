@@ -48,10 +48,10 @@ def damaged(sample: Path, folder: Path, chip: int) -> tuple[Path, Path]:
     return folder, file
 
 
-def both_leave(ranks: list[Rank], seconds: float = 15) -> tuple[str, str]:
+def both_leave(ranks: list[Rank], seconds: float = 45) -> tuple[str, str]:
     """Their exit status is 2, the second one's within `seconds` of the first one's.  What they printed."""
     while all(rank.process.exitcode is None for rank in ranks):
-        assert time.monotonic() - ranks[0].began < 120, ranks[0].text() + ranks[1].text()
+        assert time.monotonic() - ranks[0].began < 300, ranks[0].text() + ranks[1].text()
         time.sleep(0.02)
     for rank in ranks:
         assert rank.wait(seconds) == 2, rank.text()
@@ -97,7 +97,7 @@ def test_what_failed_beside_training_stops_all(path: Path, tmp_path: Path) -> No
     with started(tmp_path / "log", "train", "--config", path, "--set", "validate.every=1", "--set", "log.chips=1",
                  variables=torchrun(2), before={0: fail_to_draw}) as (first, second):
         assert first.wait() == 1 and "No space left on device: 'tensorboard'" in first.text()
-        assert second.wait(15) == 2
+        assert second.wait(45) == 2
         assert f"train.py: stopped by rank 0 on host {HOST}: OSError: " in second.text()
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))  # which would count on pictures and weights
 
@@ -109,9 +109,9 @@ def test_a_frozen_rank_is_named_after_the_timeout(path: Path, tmp_path: Path, fr
         ranks[0].until(lambda: bool(history(tmp_path / "run")))
         ranks[frozen].signal(signal.SIGSTOP)
         begin = time.monotonic()
-        assert ranks[1 - frozen].wait(30) == 2
+        assert ranks[1 - frozen].wait(55) == 2
         text = ranks[1 - frozen].text()
-        assert 8 < time.monotonic() - begin < 25
+        assert time.monotonic() - begin > 8  # and not after the 60 s of the recipe
         assert f"stopped by rank {frozen} on host {HOST}, which has not " in text and "Traceback" not in text
 
 
@@ -119,6 +119,6 @@ def test_a_stop_that_reaches_one_rank_saves_on_all(path: Path, tmp_path: Path) -
     with started(tmp_path / "log", "train", "--config", path, variables=torchrun(2)) as ranks:
         ranks[0].until(lambda: bool(history(tmp_path / "run")))
         ranks[1].signal(signal.SIGTERM)
-        assert [rank.wait(60) for rank in ranks] == [143, 143]
+        assert [rank.wait() for rank in ranks] == [143, 143]
         assert all("with everything saved" in rank.text() for rank in ranks)
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

@@ -95,7 +95,7 @@ def kill(path: Path, steps: int, *options: object) -> None:
     """Start the run of the recipe `path` and, once it has done so many steps, end it by SIGKILL."""
     run = path.with_suffix("")
     with started(path.parent / "log", "train", "--config", path, *options, variables=[{}]) as [rank]:
-        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= steps, 240)
+        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= steps)
         rank.signal(signal.SIGKILL)
         assert rank.wait() == -signal.SIGKILL, "the run ended before it could be killed"
 
@@ -115,7 +115,7 @@ def test_sigterm_saves_and_says_so(folder: Path, sample: Path) -> None:
     run = folder / "stopped"
     with started(folder / "log", "train", "--config", recipe(folder, sample, "stopped"), "--set",
                  "checkpoint.every_steps=null", variables=[{}]) as [rank]:
-        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= 1, 240)
+        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= 1)
         rank.signal(signal.SIGTERM)
         assert rank.wait() == 143
         assert "with everything saved" in rank.text() and "same command goes on" in rank.text()
@@ -126,7 +126,7 @@ def test_sigterm_saves_and_says_so(folder: Path, sample: Path) -> None:
 def by_two(path: Path, *options: object) -> None:
     """The run of the recipe `path` by two ranks."""
     with started(path.parent / "log", "train", "--config", path, *options, variables=torchrun(2)) as ranks:
-        assert [rank.wait(300) for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
