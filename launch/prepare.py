@@ -85,7 +85,7 @@ def run_sample(args: argparse.Namespace) -> int:
     if args.chips < 1 or args.test_chips < 0:
         raise ConfigError(f"--chips {args.chips} --test-chips {args.test_chips}: give at least one chip")
     dataset = load_dataset(args.dataset)
-    if dataset.name != "biomassters":
+    if dataset != load_dataset("biomassters"):
         with Progress("making chips", args.chips + args.test_chips, "chip") as progress:
             made = make_fields(args.out, dataset, args.chips, args.seed, test_chips=args.test_chips,
                                progress=lambda done, _: progress.advance(done - progress.done))

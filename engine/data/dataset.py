@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -79,13 +80,15 @@ class Sensor(Section):
         for key in ("low", "high"):
             if len(getattr(self, key)) != len(self.bands):
                 raise ValueError(f"{key} has {len(getattr(self, key))} numbers for {len(self.bands)} bands")
+        for what, limit in [("nodata", self.nodata or 0.0), *(("high", high) for high in self.high),
+                            *(("low", low) for low in self.low)]:
+            if abs(limit) > float(np.finfo(np.float32).max):
+                raise ValueError(f"{what} {limit:g} is beyond float32")
         for band, low, high in zip(self.bands, self.low, self.high):
-            if not low < high:
+            if not np.float32(low) < np.float32(high):
                 raise ValueError(f"band {band}: low {low:g} is not below high {high:g}")
         if self.packed_step is not None and self.dtype != "float32":
             raise ValueError(f"packed_step belongs to float32: {self.dtype} is packed as it is")
-        if self.nodata is not None and self.nodata != np.float32(self.nodata):
-            raise ValueError(f"nodata {self.nodata!r} is no float32")
         if self.dtype != "float32":
             limits = np.iinfo(self.dtype)
             for what, value in [("nodata", self.nodata), *(("low", low) for low in self.low)]:
@@ -202,7 +205,8 @@ class Dataset(Section):
     def _consistent(self) -> Dataset:
         _distinct(self.steps, "steps")
         _distinct([sensor.name for sensor in self.sensors], "sensors' names")
-        _distinct([*(sensor.file for sensor in self.sensors), self.target.file], "file patterns")
+        _distinct([self.folders.train, self.folders.test], "folders: train and test")
+        _apart([*(sensor.file for sensor in self.sensors), self.target.file])
         if all(sensor.static for sensor in self.sensors):
             raise ValueError("sensors: all are static, and none has an image a step")
         for picture in self.pictures:
@@ -249,20 +253,21 @@ class Dataset(Section):
         return hash((self.name, self.steps, self.bands))
 
 
-def load_dataset(name: str | Path, near: Path | None = None) -> Dataset:
-    """The description of that name among the built-in ones, or at that path, relative to here or the folder `near`.
+def load_dataset(name: str | Path) -> Dataset:
+    """The description of that name among the built-in ones, or at that path.
 
     Raises DataError where there is none, or one that does not hold.
     """
     known = sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
-    path = BUILT_IN / f"{name}.yaml" if str(name) in known else Path(name)
-    if near is not None and not path.is_file() and (near / path).is_file():
-        path = near / path
-    return _load(path, tuple(known))
+    return _built_in(str(name)) if str(name) in known else _load(Path(name), known)
 
 
 @functools.cache
-def _load(path: Path, known: tuple[str, ...]) -> Dataset:
+def _built_in(name: str) -> Dataset:
+    return _load(BUILT_IN / f"{name}.yaml", [])
+
+
+def _load(path: Path, known: list[str]) -> Dataset:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -348,23 +353,34 @@ def _known(name: str, known: Any, what: str) -> None:
         raise ValueError(f"{what} {name!r} is none of {', '.join(known)}")
 
 
-_FIELD = re.compile(r"\{(?P<name>\w*)(?::0(?P<digits>\d)d)?\}")
+_FIELD = re.compile(r"\{(?:(?P<chip>chip)|step(?::0(?P<digits>[1-9])d)?)\}")
 
 
 def _placeholders(pattern: str, step: bool) -> None:
-    found = [match["name"] for match in _FIELD.finditer(pattern)]
+    found = ["chip" if match["chip"] else "step" for match in _FIELD.finditer(pattern)]
     wanted = ["chip", "step"] if step else ["chip"]
     if sorted(found) != wanted or re.search(r"[{}]", _FIELD.sub("", pattern)):
         raise ValueError(f"file {pattern!r} has to hold {' and '.join('{' + name + '}' for name in wanted)} once each"
                          f"{', {step:02d} for leading zeros' if step else ''}, and nothing else in braces")
+    if not pattern.endswith(".tif"):
+        raise ValueError(f"file {pattern!r} has to end in .tif")
+
+
+def _apart(patterns: list[str]) -> None:
+    """Raises ValueError where one file's name could be of two patterns."""
+    for pattern, other, step in itertools.product(patterns, patterns, (0, 10)):  # with one digit and two
+        name = pattern.format(chip="a", step=step)
+        if pattern is not other and _regex(other).fullmatch(name):
+            raise ValueError(f"file patterns: a name such as {name!r} is one of {pattern!r} and of {other!r}")
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
+    """Of the names that `pattern` gives, and no others."""
     parts, at = [], 0
     for match in _FIELD.finditer(pattern):
         parts.append(re.escape(pattern[at:match.start()]))
-        digits = match["digits"]
-        parts.append(r"(?P<chip>[0-9A-Za-z][0-9A-Za-z_-]*)" if match["name"] == "chip"
-                     else rf"(?P<step>\d{{{digits}}})" if digits else r"(?P<step>\d+)")
+        digits = int(match["digits"] or 1)
+        parts.append(r"(?P<chip>[0-9A-Za-z][0-9A-Za-z_-]*)" if match["chip"]
+                     else rf"(?P<step>\d{{{digits}}}|[1-9]\d{{{digits},}})")
         at = match.end()
-    return re.compile("".join(parts) + re.escape(pattern[at:]))
+    return re.compile("".join(parts) + re.escape(pattern[at:]), re.ASCII)
