@@ -53,7 +53,8 @@ class Layout(NamedTuple):
 
 
 def read_into(path: Path | str, out: np.ndarray) -> None:
-    """Read the first image of `path` into `out`, a writable C-contiguous array [H, W] or [H, W, bands].
+    """Read the first image of `path` into `out`, a writable C-contiguous array [H, W] or [H, W, bands]; to a TIFF one
+    band is either.
 
     Safe from many threads, and releases the GIL while it reads.  Raises DataError, naming the file, where it
     is missing, unreadable, no TIFF, truncated, inconsistent, or of another shape or dtype than `out` (the
@@ -61,6 +62,7 @@ def read_into(path: Path | str, out: np.ndarray) -> None:
     """
     if not (out.flags.c_contiguous and out.flags.writeable):
         raise ValueError("read_into needs a writable C-contiguous array")
+    out = _flat(out)
     try:
         # O_NONBLOCK: opening a named pipe must fail below, not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -114,7 +116,7 @@ def _read_any(descriptor: int, size: int, out: np.ndarray) -> None:
 
 def decode_into(data: bytes, out: np.ndarray) -> None:
     """As `read_into`, of a file that is already in memory; the errors do not name it."""
-    layout = _parse(data, len(data))
+    layout, out = _parse(data, len(data)), _flat(out)
     found, wanted = layout.dtype.newbyteorder("="), out.dtype.newbyteorder("=")
     if layout.shape != out.shape or found != wanted:
         raise DataError(f"holds {_words(layout.shape, found)}, where {_words(out.shape, wanted)} is wanted")
@@ -122,6 +124,11 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
         out[...] = _decode(data, layout)
     else:
         out[...] = np.frombuffer(data, layout.dtype, out.size, layout.offset).reshape(out.shape)
+
+
+def _flat(out: np.ndarray) -> np.ndarray:
+    """As [H, W] where there is one band, as layouts have it."""
+    return out[..., 0] if out.ndim == 3 and out.shape[2] == 1 else out
 
 
 def _words(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
