@@ -1,0 +1,284 @@
+"""Any description through all forms: TIFFs, packed and packed lossless, by DALI and the CPU's kernel, against NumPy."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from engine.config import Augment
+from engine.data import pipeline, reference
+from engine.data.dataset import Dataset, Sensor, parse_dataset
+from engine.data.forms import open_source, read_label
+from engine.data.index import Chip, open_index
+from engine.data.made.fields import make_fields
+from engine.data.plan import IDENTITY, Draw, draw
+from engine.data.source import empty_stack
+from engine.data.store import chip_file
+from engine.data.store.pack import pack
+from engine.data.store.source import Blocks
+from engine.data.tiff import tiff
+from engine.data.tiff.source import TiffSource
+from tests.data.test_packed import form_of, load, pixels
+
+
+def sensor(name: str, bands: int, low: float, high: float, **more: Any) -> dict[str, Any]:
+    file = f"{{chip}}_{name}.tif" if more.get("static") else f"{{chip}}_{name}_{{step}}.tif"
+    return {"name": name, "file": file, "bands": [f"{name}{n}" for n in range(bands)], "low": [low] * bands,
+            "high": [high + n for n in range(bands)], **more}
+
+
+def description(name: str, tile: int, steps: int, *sensors: dict[str, Any], target: str = "float32") -> Dataset:
+    return parse_dataset({
+        "name": name, "tile": tile, "pixel_metres": 30, "steps": [f"s{t}" for t in range(steps)], "sensors": sensors,
+        "target": {"name": "cover", "unit": "%", "file": "{chip}_cover.tif", "dtype": target}}, name)
+
+
+DATASETS = {data.name: data for data in [
+    # Integers with nodata above, below and inside what is seen, and without; a static one with holes
+    description("integers", 64, 5, sensor("a", 3, 0, 9000, dtype="uint16", nodata=65_535),
+                sensor("b", 2, -2500, 500, dtype="int16", nodata=-32_768),
+                sensor("c", 1, 10, 200, dtype="uint8", nodata=255),
+                sensor("d", 2, 100, 3000, dtype="int16", nodata=700, static=True), target="uint16"),
+    description("bare", 32, 3, sensor("a", 5, 0, 250, dtype="uint8"), sensor("b", 1, -300, 300, dtype="int16"),
+                sensor("c", 2, 40, 60_000, dtype="uint16", nodata=0), target="uint8"),
+    # A low that no float has, in steps of a size that none has; nodata among the values
+    description("floats", 32, 4, sensor("a", 2, -0.3, 0.9, packed_step=0.001),
+                sensor("b", 6, 0.7, 30, packed_step=0.1, nodata=-9999),
+                sensor("c", 1, -1, 1, packed_step=0.01, nodata=0.25),
+                sensor("d", 1, 0.1, 2.3, packed_step=0.1, static=True, nodata=-1), target="int16"),
+    # Without a step, floats are floats in any store
+    description("mixed", 32, 2, sensor("a", 2, 0.1, 0.7), sensor("b", 4, -7, 90, dtype="int16"),
+                sensor("c", 1, -0.1, 55, nodata=1e9), sensor("d", 3, 0, 200, dtype="uint8", static=True)),
+    description("one", 128, 1, sensor("a", 1, 0, 100, dtype="uint8", nodata=0)),
+    description("many", 32, 64, sensor("a", 14, 0, 5000, dtype="uint16"),
+                sensor("b", 4, -20, 5, packed_step=0.01, nodata=-9999)),
+]}
+FORMS = ["tiff", "steps", "exact"]
+
+
+class Made(NamedTuple):
+    dataset: Dataset
+    roots: dict[str, Path]
+
+    def chips(self, form: str) -> list[Chip]:
+        return list(open_index(self.roots[form]).chips)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def make(name: str) -> Made:
+        root, data = tmp_path_factory.mktemp(name), DATASETS[name]
+        make_fields(root / "tiff", data, 2, seed=3, test_chips=1)
+        _spoil(root / "tiff")
+        for form in ("steps", "exact"):
+            pack(root / "tiff", root / form, lossless=form == "exact", workers=1, verify=True)
+        return Made(data, {form: root / form for form in FORMS})
+
+    return make
+
+
+def _spoil(root: Path) -> None:
+    """Holes in a band, a band and an image that are nodata throughout, and a sensor that one chip lacks."""
+    index = open_index(root)
+    data, (first, second, *_) = index.dataset, index.chips
+    blanked = False
+    for number, one in enumerate(data.sensors):
+        if one.nodata is None:
+            continue
+        for month, image in _images(first, number):
+            image[data.tile // 4:data.tile // 2, 3:data.tile // 2, -1] = one.nodata
+            if len(one.bands) > 1 and (month == data.months - 1 or one.static):
+                image[..., 0] = one.nodata
+            others = [n for n, other in enumerate(data.sensors) if n != number and not other.static]
+            if not (blanked or one.static) and any(first.months[n][month] for n in others):
+                image[...], blanked = one.nodata, True
+            tiff.write(first.path(number, month), image)
+    if len(data.sensors) > 1:
+        for month, _ in _images(second, 1):
+            if any(second.months[n][month] for n, other in enumerate(data.sensors) if n != 1 and not other.static):
+                second.path(1, month).unlink()
+
+
+def _images(chip: Chip, number: int) -> list[tuple[int, np.ndarray]]:
+    data, found = chip.dataset, []
+    for month in range(1 if data.sensors[number].static else data.months):
+        if chip.months[number][month]:
+            image = np.empty(data.shape(data.sensors[number]), data.sensors[number].values)
+            tiff.read_into(chip.path(number, month), image)
+            found.append((month, image))
+    return found
+
+
+def in_codes(data: Dataset, values: str) -> tuple[np.ndarray, np.ndarray]:
+    """[C] of each band: what a whole code, or the range of floats, is after scaling; and whether it is in codes."""
+    coded = [chip_file.is_coded(one, values) for one in data.sensors]
+    span = [one.code_span if code else one.span for one, code in zip(data.sensors, coded)]
+    return np.concatenate(span), np.repeat(coded, [len(one.bands) for one in data.sensors])
+
+
+def same(found: np.ndarray, expected: np.ndarray, data: Dataset, values: str) -> None:
+    """After a warp: at most a code apart, and hardly ever; floats to their last bits."""
+    span, coded = in_codes(data, values)
+    apart = np.abs(found - expected) * span
+    if coded.any():
+        assert apart[..., coded].max() < 1.01 and (apart[..., coded] > 0.01).mean() < 0.01
+    if not coded.all():
+        np.testing.assert_allclose(found[..., ~coded], expected[..., ~coded], atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", DATASETS)
+def test_unwarped_it_is_the_reference(name: str, form: str, made: Any) -> None:
+    data, chips = made(name).dataset, made(name).chips(form)
+    batch = load(chips, [IDENTITY] * len(chips), "cpu", warp=False)
+    assert batch.images.shape == (len(chips), data.months, data.channels, data.tile, data.tile)
+    for b, chip in enumerate(made(name).chips("tiff")):
+        stack = TiffSource(data).stack(chip)
+        images, label = reference.transform(stack, None, steps=form == "steps")
+        np.testing.assert_allclose(pixels(batch)[b], images, atol=1e-6, rtol=1e-6)
+        np.testing.assert_array_equal(batch.label[b].numpy(), label)
+        assert batch.dropped[b].tolist() == [k >= len(stack.months) for k in range(data.months)]
+        np.testing.assert_array_equal(read_label(chips[b]), label)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", DATASETS)
+def test_augmented_it_is_the_reference(name: str, form: str, made: Any) -> None:
+    data, chips = made(name).dataset, made(name).chips(form)
+    values = chip_file.STEPS if form == "steps" else chip_file.EXACT
+    draws = [draw(data, Augment(rotate=1, month_dropout=p % 2), 5, 0, p) for p in range(len(chips))]
+    batch = load(chips, draws, "cpu", warp=True)
+    for b, (chip, how) in enumerate(zip(made(name).chips("tiff"), draws)):
+        stack = TiffSource(data).read(chip, how.keep, empty_stack(data))
+        images, label = reference.transform(stack, how.matrix, steps=form == "steps")
+        same(pixels(batch)[b], images, data, values)
+        np.testing.assert_allclose(batch.label[b], label, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_lossless_store_gives_the_tiffs_batches_but_for_the_kernels_order(name: str, made: Any) -> None:
+    """By DALI to the last bit; by the kernel, where nothing is a float, to a rounding of (x − low) / span."""
+    data = made(name).dataset
+    draws = [draw(data, Augment(rotate=0, month_dropout=1), 5, 0, p) for p in range(3)]
+    one, other = (load(made(name).chips(form), draws, "cpu", warp=True) for form in ("tiff", "exact"))
+    if open_source(made(name).chips("exact")).form == "stack":
+        np.testing.assert_array_equal(one.images, other.images)
+    np.testing.assert_allclose(one.images, other.images, atol=1e-6)
+    np.testing.assert_array_equal(one.label, other.label)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_nodata_and_what_is_missing_is_zero(name: str, made: Any) -> None:
+    """Written out once more, from the files' values."""
+    data, chip = made(name).dataset, made(name).chips("tiff")[0]
+    for form in FORMS:
+        batch = load([next(c for c in made(name).chips(form) if c.id == chip.id)], [IDENTITY], "cpu", warp=False)
+        first, seen = 0, 0
+        for number, one in enumerate(data.sensors):
+            bands = slice(first, first := first + len(one.bands))
+            there = dict(_images(chip, number))
+            for slot, month in enumerate(TiffSource(data).stack(chip).months):
+                image = there.get(0 if one.static else int(month))
+                got = pixels(batch)[0, slot, ..., bands]
+                if image is None:
+                    assert not got.any()
+                elif one.nodata is not None:
+                    hole = image == one.values.type(one.nodata)
+                    assert not got[hole].any()
+                    seen += int(hole.sum())
+        assert (seen > 0) == any(one.nodata is not None for one in data.sensors)
+
+
+# The GPU's graph, as far as a CPU can follow it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [chip_file.STEPS, chip_file.EXACT])
+@pytest.mark.parametrize("warp", [True, False])
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_gpu_graph_can_be_defined(name: str, warp: bool, values: str) -> None:
+    data = DATASETS[name]
+    whole = all(chip_file.is_coded(one, values) for one in data.sensors)
+    form = pipeline.Form("blocks" if whole else "blocks_apart", data, values)
+    pipe = pipeline.define(lambda: (), form=form, batch_size=2, device_id=0, threads=1, prefetch=1, half=True,
+                           warp=warp)
+    pipe._build_graph()
+    names = [operator.name.strip("_").rpartition("_")[0] for operator in pipe._ops]
+    assert names.count("Inflate") == (2 if whole else 1 + len(data.sensors))
+    cuts = ([pipeline.groups(data.channels)] if whole else [pipeline.groups(len(one.bands)) for one in data.sensors])
+    assert names.count("WarpPerspective") == (1 + sum(map(len, cuts)) if warp else 0)
+    for operator, kind in zip(pipe._ops, names):
+        assert kind == "ExternalSource" or all(out.device == "gpu" for out in operator.outputs), kind
+
+
+def inflated(blocks: Blocks, tile: int) -> list[np.ndarray]:
+    """In nvCOMP's place: [blocks, tile²] uint8 of each table."""
+    data = memoryview(blocks.data.tobytes())
+    return [np.stack([chip_file.inflate(data[a:a + n], tile ** 2, "it") for a, n in zip(offsets, sizes)])
+            for offsets, sizes in zip(blocks.tables[::2], blocks.tables[1::2])]
+
+
+def by_the_gpus_operators(chip: Chip, how: Draw, warp: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images and label by what follows the inflation in the GPU's graph, run by DALI on the CPU."""
+    import nvidia.dali.fn as fn
+    from nvidia.dali import Pipeline
+    from nvidia.dali.types import DALIDataType
+
+    source = open_source([chip], backend="gpu")
+    blocks = source.read(chip, how.keep, source.buffer())
+    assert isinstance(blocks, Blocks)
+    planes = inflated(blocks, chip.dataset.tile)
+    pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipe:
+        *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*planes, how.matrix)], batch=True,
+                                             num_outputs=len(planes) + 1)
+        stored = pipeline.assemble(form_of(source), inputs)
+        pipe.set_outputs(*pipeline.finish(form_of(source), stored, matrix, warp, DALIDataType.FLOAT))
+    pipe.build()
+    images, label = (np.asarray(output.as_array())[0] for output in pipe.run())
+    return images, label
+
+
+@pytest.mark.parametrize("form", ["steps", "exact"])
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_gpus_operators_agree_with_the_cpus(name: str, form: str, made: Any) -> None:
+    data, values = made(name).dataset, chip_file.STEPS if form == "steps" else chip_file.EXACT
+    for chip in made(name).chips(form)[:2]:
+        how = draw(data, Augment(rotate=1, month_dropout=0), 3, 0, 0)
+        images, label = by_the_gpus_operators(chip, how, True)
+        batch = load([chip], [how], "cpu", warp=True)
+        same(pixels(batch)[0], images, data, values)
+        np.testing.assert_allclose(batch.label[0], label, rtol=1e-4, atol=1e-2)
+
+        images, label = by_the_gpus_operators(chip, IDENTITY, False)
+        batch = load([chip], [IDENTITY], "cpu", warp=False)
+        np.testing.assert_allclose(pixels(batch)[0], images, atol=1e-6)
+        np.testing.assert_array_equal(batch.label[0], label)
+
+
+# Values at the ends of what a dtype holds --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16"])
+def test_codes_hold_every_integer(dtype: str) -> None:
+    one = Sensor.model_validate(sensor("a", 1, 0, 100, dtype=dtype, nodata=np.iinfo(dtype).min))
+    limits = np.iinfo(dtype)
+    values = np.arange(limits.min, limits.max + 1).astype(one.values)
+    found = chip_file.codes(values, one)
+    assert len(set(found.tolist())) == len(values)
+    np.testing.assert_array_equal(chip_file.decoded(found, one), values)
+
+
+def test_labels_of_integers_are_floats(made: Any) -> None:
+    import tifffile
+
+    for form in FORMS:
+        for chip, plain in zip(made("integers").chips(form), made("integers").chips("tiff")):
+            if plain.label is not None:
+                found, stored = read_label(chip), tifffile.imread(plain.label)
+                assert stored.dtype == np.uint16 and found.dtype == np.float32
+                np.testing.assert_array_equal(found, stored)
