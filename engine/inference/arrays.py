@@ -30,8 +30,8 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
     Raises DataError (other bands or months than the weights were trained on, no month left), WeightsError, ConfigError
     (tta, device), DeviceError (no GPU).
     """
-    if not tta or set(tta) - FLIPS.keys():
-        raise ConfigError(f"tta {list(tta)}: give one or more of {', '.join(FLIPS)}")
+    if not tta or isinstance(tta, str) or set(tta) - FLIPS.keys():
+        raise ConfigError(f"tta {tta!r}: give a list of one or more of {', '.join(FLIPS)}")
     place = _device(device)
     files = [Path(weights), *Path(weights).glob("weights/*")]
     stamp = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
@@ -39,7 +39,7 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
     if hasattr(images, "to_dataset") or hasattr(images, "data_vars"):
         return _of_xarray(weights, images, dataset, dropped, tta, device)
     values = np.asarray(images, np.float32)
-    if values.ndim != 5 or values.shape[1:3] != (dataset.months, dataset.channels):
+    if values.ndim != 5 or values.shape[1:3] != (dataset.months, dataset.channels) or not values.size:
         raise DataError(f"images {list(values.shape)}: {weights} was trained on [B,{dataset.months},{dataset.channels},"
                         f"H,W]: {dataset.months} steps ({dataset.steps[0]} to {dataset.steps[-1]}) of the bands "
                         f"{', '.join(dataset.bands)}")
@@ -54,8 +54,8 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
                  for name in ("zero", "span"))
     scaled = np.where(nothing, 0, (values - low) / span).astype(np.float32)
     scaled[gone] = 0
-    no = torch.empty(0)  # label, rows, valid: nothing is scored
-    batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), no, no, no, [])
+    unused = torch.empty(0)
+    batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), unused, unused, unused, [])
     return predict_batch(model, batch, tta, "fp32")[:, 0].float().cpu().numpy()
 
 
@@ -66,8 +66,8 @@ def _of_xarray(weights: str | Path, images: Any, dataset: Dataset, dropped: np.n
     array = images["images"] if hasattr(images, "data_vars") else images
     lacking = {"month", "band", "y", "x"} - set(array.dims)
     if lacking or [str(band) for band in array["band"].values] != list(dataset.bands):
-        raise DataError(f"the xarray has dimensions {', '.join(map(str, array.dims))}; {weights} takes month, band, y "
-                        f"and x, with the bands {', '.join(dataset.bands)}")
+        raise DataError(f"the xarray has dimensions {', '.join(map(str, array.dims))}; {weights} takes (month, band, "
+                        f"y, x) with the bands {', '.join(dataset.bands)}")
     array = array.transpose(..., "month", "band", "y", "x")
     values = array.values.reshape(-1, *array.shape[-4:])
     maps = predict(weights, values, dropped, tta, device).reshape(*array.shape[:-4], *array.shape[-2:])
