@@ -48,7 +48,6 @@ _WHERE = {
     "predict": "engine.inference.arrays",
     "stratified": "engine.data.selection.folds",
 }
-__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
