@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,7 @@ class _Joined:
 
     host_group: Any = None  # gloo: messages between hosts, which no step waits for the device for
     watch: Watch | None = None
+    cores: int | None = None  # see `own_cores`
     names: list[str] = []  # noqa: RUF012  (of all ranks, for people: "rank 3 on host b")
 
 
@@ -52,7 +54,7 @@ def join(wanted: str, timeout: float = 600.0) -> torch.device:
         _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout)
         _Joined.watch.start()
     if place.local_world > 1:  # ranks of a host share its cores
-        cores = max(1, len(os.sched_getaffinity(0)) // place.local_world)
+        cores = own_cores()
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cores)
@@ -107,7 +109,8 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
     own = _address_to(place.address)
     try:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=timeout)))
-        said = _Said(host, own, device.type, card, str(trouble) if trouble is not None else None)
+        said = _Said(host, own, device.type, card, sorted(os.sched_getaffinity(0)),
+                     str(trouble) if trouble is not None else None)
         store.set(f"rank/{place.rank}", json.dumps(said))
         everyone = [_Said(*json.loads(store.get(f"rank/{rank}"))) for rank in range(place.world)]
         store.set(f"met/{place.rank}", "")
@@ -118,6 +121,7 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
                           f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); were all started, and can "
                           f"they reach that host?") from None
     _Joined.names = [f"rank {rank} on host {said.host}" for rank, said in enumerate(everyone)]
+    _Joined.cores = _part_of(said.cores, [other.cores for other in everyone if other.host == host])
     if trouble is not None:
         raise trouble
     _agree(everyone)
@@ -136,7 +140,15 @@ class _Said(NamedTuple):
     address: str  # by which the rank goes to rank 0's host
     kind: str  # of device
     card: str | None  # a GPU's UUID
+    cores: list[int]  # that it may use
     trouble: str | None
+
+
+def _part_of(own: list[int], here: list[list[int]]) -> int:
+    """How many of its cores a rank has for itself, where ranks `here` on its host share those that they all may use:
+    a launcher may have bound each to cores of its own, or none."""
+    users = Counter(core for cores in here for core in cores)
+    return max(1, round(sum(1 / users[core] for core in own)))
 
 
 def _agree(everyone: list[_Said]) -> None:
@@ -231,13 +243,18 @@ def local_world() -> int:
     return launchers.place(os.environ).local_world
 
 
+def own_cores() -> int:
+    """Cores for this rank alone, of those that it may use."""
+    return _Joined.cores or max(1, len(os.sched_getaffinity(0)) // local_world())
+
+
 Threads = int | Literal["auto"]
 
 
 def share_of_host(threads: Threads) -> int:
     """A rank's part of so many threads of its host; auto: one a core, at most 8 a rank."""
     if threads == "auto":
-        return max(1, min(8, len(os.sched_getaffinity(0)) // local_world()))
+        return min(8, own_cores())
     return max(1, threads // local_world())
 
 

@@ -90,20 +90,25 @@ def test_ranks_that_do_not_meet_are_told_of() -> None:
         distributed._meet(Place(1, 2, 0, 1, "127.0.0.1", port), torch.device("cpu"), timeout=1)
 
 
-def _shares(rank: int, port: str) -> None:
+def _shares(rank: int, port: str, cores: list[set[int]], own: int) -> None:
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ.pop(name, None)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.sched_getaffinity = lambda process: set(range(6))
+    os.sched_getaffinity = lambda process: cores[rank]
     distributed.join("cpu", timeout=60)
-    assert torch.get_num_threads() == 3 and os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
+    assert torch.get_num_threads() == own and os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(own)
+    assert distributed.share_of_host("auto") == own
     distributed.leave()
 
 
-def test_ranks_of_a_host_share_its_cores() -> None:
+@pytest.mark.parametrize(("cores", "own"), [
+    pytest.param([set(range(6)), set(range(6))], 3, id="unbound"),
+    pytest.param([{0, 1, 2, 3}, {4, 5, 6, 7}], 4, id="bound by the launcher"),
+    pytest.param([{0, 1, 2, 3}, {2, 3, 4, 5}], 3, id="bound in part")])
+def test_ranks_of_a_host_share_its_cores(cores: list[set[int]], own: int) -> None:
     port = str(free_port())
-    ranks = [forks().Process(target=_shares, args=(rank, port)) for rank in range(2)]
+    ranks = [forks().Process(target=_shares, args=(rank, port, cores, own)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
