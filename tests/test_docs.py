@@ -20,9 +20,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
          *(ROOT / room / "README.md" for room in ("tests", "tests/golden", "kernels", "benchmarks"))]
 ROOMS = ("engine", "kernels", "configs", "benchmarks", "launch", "tests", "docs")
 NAMES = {path.name for room in ROOMS for path in (ROOT / room).rglob("*")} | {path.name for path in ROOT.iterdir()}
-LEFT_BY_RUNS = {"config.yaml", "report.txt"}
+NOT_HERE = {"config.yaml", "report.txt", "dataset.yaml"}  # in runs' folders, and in data's
 FILES = (".json", ".npz", ".py")  # what looks like a key of a recipe, `model.py`, and is none
-USERS = {"README.md", "data.md", "training.md", "predicting.md"}  # where a bare `--option` is one of launch/
+USERS = {"README.md", "data.md", "datasets.md", "training.md", "predicting.md"}  # a bare `--option` is one of launch/
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -46,7 +46,7 @@ def wrong(text: str, page: Path) -> Iterator[str]:
         places = (ROOT, page.parent, ROOT / "engine")
         if not all(any(any(place.glob(one)) for place in places) for one in _braces(path)):
             yield f"no file {path}"
-    yield from (f"no file {name}" for name in _FILE.findall(plain) if name not in {*NAMES, *LEFT_BY_RUNS})
+    yield from (f"no file {name}" for name in _FILE.findall(plain) if name not in {*NAMES, *NOT_HERE})
     for command, words in _COMMAND.findall(plain):
         yield from _wrong_command({"slurm": "train"}.get(command, command), words.split(" #")[0])
     if page.name in USERS and page.parent in (ROOT, ROOT / "docs"):

@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from engine.base.errors import DataError
 from engine.config import parse_config
 from engine.data.biomassters import BIOMASSTERS
-from engine.data.dataset import FILE, Dataset, described, differences, load_dataset, parse_dataset
+from engine.data.dataset import (
+    FILE,
+    Dataset,
+    Folders,
+    Picture,
+    Sensor,
+    Target,
+    described,
+    differences,
+    load_dataset,
+    parse_dataset,
+)
 from engine.data.index import open_index
 from engine.data.made.fields import make_fields
 from engine.data.pipeline import groups
@@ -304,3 +315,11 @@ def test_made_data_follow_any_description(tmp_path: Path) -> None:
     index = open_index(tmp_path / "data")
     assert index.dataset.name == "biomassters" and index.dataset.bands == small().bands and len(index) == 1
     assert load_dataset("biomassters") == BIOMASSTERS
+
+
+def test_the_page_knows_every_key() -> None:
+    page = (ROOT / "docs" / "datasets.md").read_text()
+    assert f"```yaml\n{GRASSLAND.read_text()}```\n" in page
+    prose = page.replace(GRASSLAND.read_text(), "")
+    keys = {key for part in (Dataset, Sensor, Target, Folders, Picture) for key in part.model_fields}
+    assert [key for key in sorted(keys) if f"`{key}`" not in prose] == []
