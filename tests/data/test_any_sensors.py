@@ -38,8 +38,9 @@ def description(name: str, tile: int, steps: int, *sensors: dict[str, Any], targ
 
 
 DATASETS = {data.name: data for data in [
-    # Integers with nodata above, below and inside what is seen, and without; a static one with holes
-    description("integers", 64, 5, sensor("a", 3, 0, 9000, dtype="uint16", nodata=65_535),
+    # Integers with nodata above, below and inside what is seen, and without; static ones first and last, with holes
+    description("integers", 64, 5, sensor("e", 3, 5, 90, dtype="uint8", static=True),
+                sensor("a", 3, 0, 9000, dtype="uint16", nodata=65_535),
                 sensor("b", 2, -2500, 500, dtype="int16", nodata=-32_768),
                 sensor("c", 1, 10, 200, dtype="uint8", nodata=255),
                 sensor("d", 2, 100, 3000, dtype="int16", nodata=700, static=True), target="uint16"),
@@ -83,9 +84,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _spoil(root: Path) -> None:
-    """Holes in a band, a band and an image that are nodata throughout, and a sensor that one chip lacks."""
+    """Holes in a band, a band and an image that are nodata throughout, a sensor that one chip lacks, and static images
+    that another lacks."""
     index = open_index(root)
-    data, (first, second, *_) = index.dataset, index.chips
+    data, (first, second, third) = index.dataset, index.chips
     blanked = False
     for number, one in enumerate(data.sensors):
         if one.nodata is None:
@@ -102,6 +104,9 @@ def _spoil(root: Path) -> None:
         for month, _ in _images(second, 1):
             if any(second.months[n][month] for n, other in enumerate(data.sensors) if n != 1 and not other.static):
                 second.path(1, month).unlink()
+    for number, one in enumerate(data.sensors):
+        if one.static:
+            third.path(number, 0).unlink()
 
 
 def _images(chip: Chip, number: int) -> list[tuple[int, np.ndarray]]:
