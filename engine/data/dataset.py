@@ -293,6 +293,9 @@ def parse_dataset(raw: Any, source: str) -> Dataset:
         for one in error.errors():
             key = ".".join(str(part) for part in one["loc"]) or "the description"
             text = one["msg"].removeprefix("Value error, ")
+            if one["type"] == "string_pattern_mismatch":
+                text = ("has to be a file's name, without folders" if key.endswith("file") else
+                        "has to be a name of letters, digits, '.', '_' and '-', beginning with a letter or digit")
             if one["type"] == "extra_forbidden":
                 text = "is not a key of a description (docs/datasets.md lists them)"
             told.append(f"{key}: {text}")

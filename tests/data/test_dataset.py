@@ -65,7 +65,7 @@ def small(**changes: Any) -> Dataset:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"name": ...}, "name: Field required"),
-    ({"name": "../x"}, "name: String should match"),
+    ({"name": "../x"}, "name: has to be a name"),
     ({"colour": 3}, "colour: is not a key of a description (docs/datasets.md lists them)"),
     ({"tile": 100}, "tile: Input should be a multiple of 32"),
     ({"tile": 1024}, "tile: Input should be less than or equal to 512"),
@@ -103,7 +103,7 @@ def small(**changes: Any) -> Dataset:
     ({"target": ...}, "target: Field required"),
     ({"target__unit": ...}, "target.unit: Field required"),
     ({"target__dtype": "int8"}, "target.dtype: Input should be"),
-    ({"folders__train": ".."}, "folders.train: String should match"),
+    ({"folders__train": ".."}, "folders.train: has to be a name"),
     ({"folders__test": "train_features"}, "folders: train and test: train_features stand there twice"),
     ({"pictures__0__sensor": "S3"}, "pictures: sensor 'S3' is none of S2, radar, terrain"),
     ({"pictures__0__bands": ["B4", "B9", "B2"]}, "pictures: band of S2 'B9' is none of B2, B3, B4, B8, B11"),
@@ -117,10 +117,10 @@ def test_what_does_not_hold_is_refused_by_its_key(changes: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(("file", "message"), [
-    ("../{chip}_{step}.tif", "sensors.0.file: String should match"),
-    ("a/{chip}_{step}.tif", "sensors.0.file: String should match"),
-    ("a\\{chip}_{step}.tif", "sensors.0.file: String should match"),
-    ("{chip}\0{step}.tif", "sensors.0.file: String should match"),
+    ("../{chip}_{step}.tif", "sensors.0.file: has to be a file's name"),
+    ("a/{chip}_{step}.tif", "sensors.0.file: has to be a file's name"),
+    ("a\\{chip}_{step}.tif", "sensors.0.file: has to be a file's name"),
+    ("{chip}\0{step}.tif", "sensors.0.file: has to be a file's name"),
     ("{chip}.tif", "has to hold {chip} and {step} once each"),
     ("{step}.tif", "has to hold {chip} and {step} once each"),
     ("{chip}_{chip}_{step}.tif", "has to hold {chip} and {step} once each"),
