@@ -87,6 +87,10 @@ class Sensor(Section):
         for band, low, high in zip(self.bands, self.low, self.high):
             if not np.float32(low) < np.float32(high):
                 raise ValueError(f"band {band}: low {low:g} is not below high {high:g}")
+            span = (high - low) / (self.packed_step or 1)
+            if not 1e-30 < span < 1e30:  # what is divided by, in float32
+                raise ValueError(f"band {band}: low {low:g} and high {high:g} are too close or too far apart for "
+                                 f"float32{f' in steps of {self.packed_step:g}' if self.packed_step else ''}")
         if self.packed_step is not None and self.dtype != "float32":
             raise ValueError(f"packed_step belongs to float32: {self.dtype} is packed as it is")
         if self.dtype != "float32":
@@ -277,7 +281,7 @@ def _load(path: Path, known: list[str]) -> Dataset:
                         + (f"; is it {close[0]!r}?" if close else "")) from None
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that there is not
         raise DataError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
     return parse_dataset(raw, str(path))
 
@@ -289,8 +293,12 @@ def parse_dataset(raw: Any, source: str) -> Dataset:
     try:
         return Dataset.model_validate(raw)
     except ValidationError as error:
-        told = []
-        for one in error.errors():
+        told, found = [], error.errors()
+        for one in found:
+            deeper = any(len(other["loc"]) > len(one["loc"]) and other["loc"][:len(one["loc"])] == one["loc"]
+                         for other in found)
+            if one["type"] == "too_short" and deeper:
+                continue  # pydantic does not count what it refused
             key = ".".join(str(part) for part in one["loc"]) or "the description"
             text = one["msg"].removeprefix("Value error, ")
             if one["type"] == "string_pattern_mismatch":
@@ -367,6 +375,10 @@ def _placeholders(pattern: str, step: bool) -> None:
                          f"{', {step:02d} for leading zeros' if step else ''}, and nothing else in braces")
     if not pattern.endswith(".tif"):
         raise ValueError(f"file {pattern!r} has to end in .tif")
+    told = _regex(pattern).fullmatch(pattern.format(chip="a11", step=12))
+    if told is None or told["chip"] != "a11" or (step and int(told["step"]) != 12):
+        raise ValueError(f"file {pattern!r} does not say where the chip ends and the step begins: put what is "
+                         f"no digit between them")
 
 
 def _apart(patterns: list[str]) -> None:
