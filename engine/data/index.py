@@ -136,13 +136,19 @@ def _open_store(root: Path) -> Index:
     there = set(_names(folder)) if folder.is_dir() else set()
     row = cache(lambda months: tuple(month == "1" for month in months))  # few chips have months of their own
     chips = []
-    for entry in manifest["chips"]:
-        name = f"{entry['id']}{chip_file.SUFFIX}"
-        path = folder / name
-        if name not in there:
-            raise DataError(f"{path}: is in {chip_file.MANIFEST} but not on disk; {chip_file.REMEDY}")
-        months = tuple(row(entry["months"][sensor.name]) for sensor in dataset.sensors)
-        chips.append(Chip(entry["id"], entry["split"], dataset, months, folder, path if entry["label"] else None, path))
+    try:
+        for entry in manifest["chips"]:
+            name = f"{entry['id']}{chip_file.SUFFIX}"
+            path = folder / name
+            if name not in there:
+                raise DataError(f"{path}: is in {chip_file.MANIFEST} but not on disk; {chip_file.REMEDY}")
+            months = tuple(row(entry["months"][sensor.name]) for sensor in dataset.sensors)
+            label = path if entry["label"] else None
+            chips.append(Chip(entry["id"], entry["split"], dataset, months, folder, label, path))
+    except (KeyError, TypeError):
+        raise _damaged(root / chip_file.MANIFEST) from None
+    if any(len(have) != dataset.months for chip in chips for have in chip.months):
+        raise _damaged(root / chip_file.MANIFEST)
     return Index(root, dataset, tuple(chips))
 
 
@@ -157,13 +163,19 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{root}: packing is not finished (there is no {chip_file.MANIFEST}); run the same "
                         f"`launch/prepare.py pack` or `download` again, it goes on from where it stopped") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise DataError(f"{path}: is damaged; run `launch/prepare.py pack` again, it keeps the packed chips and writes "
-                        f"the manifest anew") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions or its disk") from None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        raise _damaged(path) from None
     if version != chip_file.VERSION:
         raise DataError(f"{path}: a store of format version {version}, this program reads {chip_file.VERSION}; take "
                         f"the program that packed it, or pack the TIFFs anew")
     return manifest
+
+
+def _damaged(manifest: Path) -> DataError:
+    return DataError(f"{manifest}: is damaged; run `launch/prepare.py pack` again, it keeps the packed chips and "
+                     f"writes the manifest anew")
 
 
 def _folders(root: Path, dataset: Dataset) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from engine.data.dataset import (
     load_dataset,
     parse_dataset,
 )
+from engine.data.forms import open_source
 from engine.data.index import open_index
 from engine.data.made.fields import make_fields
 from engine.data.pipeline import groups
@@ -86,6 +88,10 @@ def small(**changes: Any) -> Dataset:
     ({"sensors__2__low": [0, 16_777_216], "sensors__2__high": [1, 16_777_216.5], "sensors__2__packed_step": ...},
      "sensors.2: band slope: low 1.67772e+07 is not below high 1.67772e+07"),  # the same float32
     ({"sensors__2__high": [1500, 1e39]}, "sensors.2: high 1e+39 is beyond float32"),
+    ({"sensors__0__dtype": "float32", "sensors__0__low": [-3e38] * 5, "sensors__0__high": [3e38] * 5},
+     "sensors.0: band B2: low -3e+38 and high 3e+38 are too close or too far apart for float32"),
+    ({"sensors__2__packed_step": 1e-40, "sensors__2__low": [0, 0]},
+     "sensors.2: band elevation: low 0 and high 1500 are too close or too far apart for float32 in steps of 1e-40"),
     ({"sensors__2__nodata": -1e39}, "sensors.2: nodata -1e+39 is beyond float32"),
     ({"sensors__0__low": [0, 0, 0, 0, 0.5]}, "sensors.0: low 0.5 is no uint16"),
     ({"sensors__0__low": [-1, 0, 0, 0, 0]}, "sensors.0: low -1 is no uint16"),
@@ -114,6 +120,7 @@ def test_what_does_not_hold_is_refused_by_its_key(changes: dict[str, Any], messa
     with pytest.raises(DataError) as error:
         parsed(**changes)
     assert str(error.value).startswith("it.yaml: ") and message in str(error.value)
+    assert "sensors: Tuple" not in str(error.value) or changes == {"sensors": []}  # what follows from the error
 
 
 @pytest.mark.parametrize(("file", "message"), [
@@ -132,6 +139,9 @@ def test_what_does_not_hold_is_refused_by_its_key(changes: dict[str, Any], messa
     ("{chip}_{step:00d}.tif", "nothing else in braces"),
     ("{chip}_{step}.tif{{", "nothing else in braces"),
     ("{chip}_{step}.tiff", "has to end in .tif"),
+    ("{chip}{step}.tif", "does not say where the chip ends and the step begins"),  # chip a, step 12, or a1 and 2?
+    ("{step}{chip}.tif", "does not say where the chip ends and the step begins"),
+    ("x{chip}1{step}.tif", "does not say where the chip ends and the step begins"),
     ("{chip}_radar_{step:02d}.tif", "a name such as 'a_radar_00.tif' is one of"),
     ("{chip}_{step}.tif", "a name such as 'a_radar_10.tif' is one of"),
 ])
@@ -184,7 +194,9 @@ def test_built_in_or_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("name: [", "it.yaml: is no YAML"), ("- a", "it.yaml: is no data set description"),
+    ("name: [", "it.yaml: is no YAML"), ("steps: [2024-13-01]", "it.yaml: is no YAML (month must be in 1..12)"),
+    ("[" * 5000, "it.yaml: is no YAML"), ("tile: 1" + "0" * 5000, "it.yaml: is no YAML"),
+    ("- a", "it.yaml: is no data set description"),
     ("name: x", "it.yaml: tile: Field required"), ("\xff", "it.yaml: cannot be read")])
 def test_what_is_no_description(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "it.yaml").write_bytes(text.encode("latin1"))
@@ -225,6 +237,30 @@ def test_the_data_s_own_description_wins(tree: Path, tmp_path: Path) -> None:
     store = open_index(tmp_path / "store", BIOMASSTERS)
     assert store.dataset == small() and len(store) == 3
     assert all(chip_file.read_head(chip.packed).dataset == small() for chip in store.chips if chip.packed)
+
+    # Edited in the manifest alone, it would be what weights remember and not what is done
+    manifest["dataset"]["sensors"][0]["high"][0] += 1
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="describes its data otherwise than manifest.json does"):
+        open_source(open_index(tmp_path / "store").chips)
+
+
+def test_a_packed_chip_whose_static_blocks_differ_from_step_to_step(tree: Path, tmp_path: Path) -> None:
+    """The sizes are what the kernel inflates by: those of a later step would lead it out of the file."""
+    pack(tree, tmp_path, workers=1)
+    path = next(iter(open_index(tmp_path).chips)).packed
+    assert path is not None
+    data, head = bytearray(path.read_bytes()), chip_file.read_head(path)
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    tables = head.start - header["crc32"]["data_offsets"][1]
+    sizes = head.sizes.copy()
+    sizes[1, head.planes.static] += 100
+    first = tables + header["sizes"]["data_offsets"][0]
+    data[first:first + sizes.nbytes] = sizes.tobytes()
+    data[head.start - 4:head.start] = zlib.crc32(data[:head.start - 4]).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="is no packed chip .static images differ from step to step"):
+        chip_file.read_head(path)
 
 
 def test_a_folder_without_one_is_what_the_recipe_says(tree: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +186,21 @@ def test_a_damaged_manifest(text: str, tmp_path: Path) -> None:
     (tmp_path / chip_file.MANIFEST).write_text(text)
     with pytest.raises(DataError, match="is damaged; run `launch/prepare.py pack` again"):
         read_manifest(tmp_path)
+
+
+GOOD = {"id": "x", "split": "train", "months": {"S1": "1" * 12, "S2": "1" * 12}, "label": None}
+
+
+@pytest.mark.parametrize("bad", [
+    "x", {"id": "x"}, {key: GOOD[key] for key in ("id", "split", "months")}, {**GOOD, "months": {"S1": "1" * 12}},
+    {**GOOD, "months": {"S1": "1" * 11, "S2": "1" * 12}}, {**GOOD, "months": {"S1": 5, "S2": 5}}], ids=str)
+def test_a_manifest_with_a_damaged_entry(bad: Any, tmp_path: Path) -> None:
+    (tmp_path / chip_file.CHIPS).mkdir()
+    (tmp_path / chip_file.CHIPS / f"x{chip_file.SUFFIX}").touch()
+    text = {"version": chip_file.VERSION, "dataset": BIOMASSTERS.dump(), "chips": [GOOD, bad]}
+    (tmp_path / chip_file.MANIFEST).write_text(json.dumps(text))
+    with pytest.raises(DataError, match="manifest.json: is damaged; run `launch/prepare.py pack` again"):
+        open_index(tmp_path)
 
 
 @pytest.fixture

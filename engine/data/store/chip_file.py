@@ -329,6 +329,8 @@ def _parse(data: bytes, length: int, size: int) -> Head:
                 tables[name].shape != shape for name, shape in shapes.items()):
             raise DataError(f"is no packed chip (format {found!r})")
         static = planes_of(dataset, values).static
+        if (tables["sizes"][:, static] != tables["sizes"][0, static]).any():  # the kernel goes where they say
+            raise DataError("is no packed chip (static images differ from step to step)")
         blocks = int(tables["sizes"][:, ~static].sum()) + int(tables["sizes"][0, static].sum())
         blocks += int(tables["label"].sum())
         if header != json.loads(_header(metadata, tables, blocks)[8:]):
