@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.base.errors import ConfigError, DataError, DeviceError
+from engine.base.errors import ConfigError, DataError, DeviceError, WeightsError
 from engine.data.batch import Batch
-from engine.data.dataset import Dataset, described
+from engine.data.dataset import Dataset, Sensor, described
 from engine.inference.chips import FLIPS, predict_batch
 from engine.inference.fold import optimize_for_inference
 from engine.model.unet import BiomassUNet
@@ -21,11 +21,12 @@ from engine.model.weights import load_model, read_notes
 
 def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None, tta: Sequence[str] = ("id",),
             device: str = "auto") -> Any:
-    """Maps [B,H,W] float32, in the target's unit, of images [B,T,C,H,W] in the files' units, NaN for nothing seen.
+    """Maps [B,H,W] float32, in the target's unit, of images [B,T,C,H,W] in the files' units, NaN or the description's
+    nodata for nothing seen.
 
     weights: a run folder, a safetensors file, or the winner's.  images: NumPy, or xarray as `engine.open_chip(…)
     .to_xarray()` gives it (`images` (month, band, y, x)), for which an xarray (y, x) comes back.  dropped [B,T] bool:
-    months that do not take part; None: those that are NaN throughout.  tta: flips to average over, of id, h, v, hv.
+    months that do not take part; None: those of which nothing was seen, but for static sensors.  tta: flips to average over, of id, h, v, hv.
     device: "auto", "cpu" or "gpu".  The model is kept until other weights are asked for.
     Raises DataError (other bands or months than the weights were trained on, no month left), WeightsError, ConfigError
     (tta, device), DeviceError (no GPU).
@@ -43,15 +44,16 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
         raise DataError(f"images {list(values.shape)}: {weights} was trained on [B,{dataset.months},{dataset.channels},"
                         f"H,W]: {dataset.months} steps ({dataset.steps[0]} to {dataset.steps[-1]}) of the bands "
                         f"{', '.join(dataset.bands)}")
-    nothing = np.isnan(values)
-    gone = np.asarray(nothing.all(axis=(2, 3, 4)) if dropped is None else dropped, bool)
+    low, span, nodata, moving = (np.concatenate(arrays)[:, None, None] for arrays in zip(*map(_bands, dataset.sensors)))
+    nothing = np.isnan(values) | (values == nodata)
+    if np.isinf(values).any():
+        raise DataError("images: hold infinity; give NaN for what was not seen")
+    gone = np.asarray(nothing[:, :, moving[:, 0, 0]].all(axis=(2, 3, 4)) if dropped is None else dropped, bool)
     if gone.shape != values.shape[:2]:
         raise DataError(f"dropped {list(gone.shape)}: give {list(values.shape[:2])}, each a month of a chip")
     empty = np.flatnonzero(gone.sum(1) == gone.shape[1])
     if empty.size:
         raise DataError(f"images: chip {empty[0]} has no month left to predict from")
-    low, span = (np.concatenate([getattr(sensor, name) for sensor in dataset.sensors])[:, None, None]
-                 for name in ("zero", "span"))
     scaled = np.where(nothing, 0, (values - low) / span).astype(np.float32)
     scaled[gone] = 0
     unused = torch.empty(0)
@@ -59,10 +61,19 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
     return predict_batch(model, batch, tta, "fp32")[:, 0].float().cpu().numpy()
 
 
+def _bands(sensor: Sensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """[bands] each: low, span, nodata (NaN for none), and whether there is an image a step."""
+    bands = len(sensor.bands)
+    nodata = np.full(bands, np.nan if sensor.nodata is None else sensor.nodata, np.float32)
+    return sensor.zero, sensor.span, nodata, np.full(bands, not sensor.static)
+
+
 def _of_xarray(weights: str | Path, images: Any, dataset: Dataset, dropped: np.ndarray | None, tta: Sequence[str],
                device: str) -> Any:
     import xarray
 
+    if hasattr(images, "data_vars") and "images" not in images:
+        raise DataError(f"the xarray has {', '.join(map(str, images.data_vars))} and no 'images'; give the DataArray")
     array = images["images"] if hasattr(images, "data_vars") else images
     lacking = {"month", "band", "y", "x"} - set(array.dims)
     if lacking or [str(band) for band in array["band"].values] != list(dataset.bands):
@@ -87,4 +98,8 @@ def _device(wanted: str) -> torch.device:
 @functools.lru_cache(maxsize=1)
 def _loaded(weights: str, stamp: int, device: str) -> tuple[BiomassUNet, Dataset]:
     """The model of a file that was last written at `stamp`."""
-    return optimize_for_inference(load_model(weights, device)), described(read_notes(weights), weights)
+    model, dataset = load_model(weights, device), described(read_notes(weights), weights)
+    if model.in_channels != dataset.channels:
+        raise WeightsError(f"{weights}: a model of {model.in_channels} bands, and it does not say which: its note "
+                           f"'dataset' is missing (engine.model.weights.save_weights, extra=)")
+    return optimize_for_inference(model), dataset
