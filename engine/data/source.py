@@ -68,11 +68,6 @@ class Stack(NamedTuple):
                     np.copyto(image, sensor.zero.astype(sensor.values), where=image == nodata)
         return *map(_codes, self.images), self.label
 
-    def seen(self, sensor: int) -> np.ndarray:
-        """[K] bool: the sensor saw anything in that step."""
-        absent = self.dataset.sensors[sensor].absent
-        return np.array([bool((image != absent).any()) for image in self.images[sensor]], bool)
-
 
 def _codes(images: np.ndarray) -> np.ndarray:
     """Integers as uint16 codes (see `Sensor.code_zero`), in place where they have 16 bits; floats as they are.
@@ -102,7 +97,7 @@ class Source(Protocol):
 
     @property
     def form(self) -> str:
-        """Which arrays it gives: a key of `engine.data.pipeline.FORMS`, or `engine.data.store.source.DIRECT`."""
+        """Which arrays it gives: the name of an `engine.data.pipeline.Form`, or `engine.data.store.source.DIRECT`."""
 
     @property
     def dataset(self) -> Dataset:

@@ -35,7 +35,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 @torch.inference_mode()
 def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision: str,
                   flips_at_once: int = 1) -> torch.Tensor:
-    """Predictions [B, 1, H, W] float32, t/ha, averaged over the flips `tta` (keys of FLIPS).
+    """Predictions [B, 1, H, W] float32, in the target's unit, averaged over the flips `tta` (keys of FLIPS).
 
     flips_at_once: how many flips share a forward pass, as one larger batch.
     """

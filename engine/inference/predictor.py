@@ -63,8 +63,8 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
             tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
             readers: Threads = "auto", threads: Threads = "auto", backbone: str | None = None, optimize: bool = True,
             compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
-    """Write a map for every chip into `out`, by the name of its label (`{chip}_agbm.tif`): float32, in the target's
-    unit; where labels exist, metrics and pictures as well.
+    """Write a map for every chip into `out`, by the name of its label: float32, in the target's unit; where labels
+    exist, metrics and pictures as well.
 
     optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, all flips in one
     batch; False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for

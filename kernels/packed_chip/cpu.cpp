@@ -1,13 +1,13 @@
 // A chip of the packed form on a CPU, in one pass: LZ4 blocks → codes side by side → warp → scaled floats in the batch.
 //
-// A month's byte-planes, of up to 16 bands, are inflated into scratch that stays in the cache, merged to 16-bit codes and transposed, 16
-// pixels at a time, into a tile whose pixels are 16 codes: one vector each.  Every output pixel then is one such vector
-// (where it lies exactly on one: upright, flipped or turned tiles) or the bilinear mean of four, in codes, rounded as
-// an image operator of integers rounds; then scaled and written to its place.  The batch is written once, nothing else
-// of its size is touched, and all bands of a pixel share one set of coordinates.
+// A month's byte-planes, of up to 16 bands, are inflated into scratch that stays in the cache, merged to 16-bit codes
+// and transposed, 16 pixels at a time, into a tile whose pixels are 16 codes: one vector each.  Every output pixel then
+// is one such vector (where it lies exactly on one: upright, flipped or turned tiles) or the bilinear mean of four, in
+// codes, rounded as an image operator of integers rounds; then scaled and written to its place.  The batch is written
+// once, nothing else of its size is touched, and up to 16 bands of a pixel share one set of coordinates.
 //
-// Legend: side × side pixels a tile, a multiple of LANES; bands are taken LANES at a time.  A matrix [3, 3] maps output to input coordinates, in pixels with
-// the origin at the corner of the first; only its first two rows are read.
+// Legend: side × side pixels a tile, a multiple of LANES; bands are taken LANES at a time.  A matrix [3, 3] maps output
+// to input coordinates, in pixels with the origin at the corner of the first; only its first two rows are read.
 
 #include <algorithm>
 #include <cmath>
@@ -171,7 +171,7 @@ int64_t packed_images(const uint8_t* const* blocks, const uint32_t* sizes, int64
     return -1;
 }
 
-// The label into out [side, side] float32, in t/ha.  `planes` [4, pixels] and `tile` [pixels] are scratch.
+// The label into out [side, side] float32, in the target's unit.  `planes` [4, pixels] and `tile` [pixels] are scratch.
 // Returns −1, or the number of a bad block.
 int64_t packed_label(const uint8_t* blocks, const uint32_t* sizes, int64_t side, const float* matrix, Inflate inflate,
                      uint8_t* planes, float* tile, float* out) {

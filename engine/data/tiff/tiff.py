@@ -339,7 +339,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def write_map(path: Path | str, biomass: np.ndarray) -> None:
-    """Write a map [H, W] of biomass (t/ha) as float32, in the layout of the challenge's labels."""
+    """Write a map [H, W] as float32, in the layout of BioMassters' labels."""
     if biomass.ndim != 2:
         raise ValueError(f"a map is [H, W], not {biomass.shape}")
     write(path, biomass.astype(np.float32, copy=False))
