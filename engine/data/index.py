@@ -107,7 +107,7 @@ def open_index(root: Path | str, dataset: Dataset | None = None) -> Index:
         raise DataError(f"{root}: no chips here; {expected}, or in the folder itself")
     if listed:
         _agree(root, dataset, listed, set().union(*tiffs.values()))
-    chips = _chips(tiffs, dataset)
+    chips = _chips(root, tiffs, dataset)
     if not chips:
         raise DataError(f"{root}: only labels here; {expected}")
     return Index(root, dataset, tuple(chips))
@@ -115,7 +115,7 @@ def open_index(root: Path | str, dataset: Dataset | None = None) -> Index:
 
 def dataset_at(root: Path, dataset: Dataset | None = None) -> Dataset:
     """The description of the TIFF tree at `root`: its own, else `dataset`, else BioMassters'."""
-    if (root / FILE).is_file():
+    if os.path.lexists(root / FILE):  # a link to nothing must not be passed over
         return load_dataset(root / FILE)
     return dataset or load_dataset("biomassters")
 
@@ -197,7 +197,7 @@ def _names(folder: Path) -> list[str]:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); mend its permissions or its disk") from None
 
 
-def _chips(tiffs: dict[Path, list[str]], dataset: Dataset) -> list[Chip]:
+def _chips(root: Path, tiffs: dict[Path, list[str]], dataset: Dataset) -> list[Chip]:
     """Chips by id, of the names of the TIFFs in each folder."""
     steps = dataset.months
     months: dict[str, int] = {}  # chip -> a bit for each of its images, sensor by sensor
@@ -208,7 +208,8 @@ def _chips(tiffs: dict[Path, list[str]], dataset: Dataset) -> list[Chip]:
             found = _parsed(name, dataset)
             if found is None:
                 raise DataError(f"{folder / name}: not a name of this data ({_example(dataset)}, "
-                                f"{dataset.label_name('{chip}')}); move it away")
+                                f"{dataset.label_name('{chip}')}); move it away, or describe the data in "
+                                f"{root / FILE}")
             chip, sensor, step = found
             if sensor is None:
                 if labels.setdefault(chip, folder) is not folder:

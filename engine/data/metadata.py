@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,6 +84,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def rows(path: Path) -> Iterator[Row]:
+    """Raises DataError for a CSV that is damaged, or of another kind."""
+    try:
+        yield from _rows(path)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); download the CSV again") from None
+
+
+def _rows(path: Path) -> Iterator[Row]:
     with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as handle:
         reader = csv.reader(handle)
         header = next(reader, [])

@@ -26,10 +26,10 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
 
     weights: a run folder, a safetensors file, or the winner's.  images: NumPy, or xarray as `engine.open_chip(…)
     .to_xarray()` gives it (`images` (month, band, y, x)), for which an xarray (y, x) comes back.  dropped [B,T] bool:
-    months that do not take part; None: those of which nothing was seen, but for static sensors.  tta: flips to average over, of id, h, v, hv.
-    device: "auto", "cpu" or "gpu".  The model is kept until other weights are asked for.
-    Raises DataError (other bands or months than the weights were trained on, no month left), WeightsError, ConfigError
-    (tta, device), DeviceError (no GPU).
+    months that do not take part; None: those of which nothing was seen, static sensors aside.  tta: flips to average
+    over, of id, h, v, hv.  device: "auto", "cpu" or "gpu".  The model is kept until other weights are asked for.
+    Raises DataError (other bands or months than the weights were trained on, no month left, infinity), WeightsError,
+    ConfigError (tta, device), DeviceError (no GPU).
     """
     if not tta or isinstance(tta, str) or set(tta) - FLIPS.keys():
         raise ConfigError(f"tta {tta!r}: give a list of one or more of {', '.join(FLIPS)}")

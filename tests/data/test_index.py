@@ -12,6 +12,7 @@ import pytest
 from engine.base.errors import DataError
 from engine.data import index, metadata
 from engine.data.biomassters import BIOMASSTERS, T
+from engine.data.dataset import FILE
 from engine.data.index import open_index
 from engine.data.metadata import read_metadata, verify
 from engine.data.store.pack import pack
@@ -133,6 +134,24 @@ def test_bad_csvs(copy: Path) -> None:
     with pytest.raises(DataError, match="is no number"):
         open_index(copy)
     path.write_text(text)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("features_metadata.csv", b"filename\n\xff.tif\n"), ("features_metadata.csv", "filename\n".encode("utf-16")),
+    ("features_metadata.csv", b'filename\n"' + b"a" * 200_000), ("features_metadata.csv.gz", b"no gzip"),
+    ("features_metadata.csv.gz", gzip.compress(b"filename\na.tif")[:-9])],
+    ids=["latin-1", "utf-16", "a quote without end", "no gzip", "cut off"])
+def test_a_csv_that_cannot_be_read(copy: Path, name: str, content: bytes) -> None:
+    (copy / "features_metadata.csv").unlink()
+    (copy / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read .*download the CSV again"):
+        open_index(copy)
+
+
+def test_a_description_that_is_a_link_to_nothing(copy: Path) -> None:
+    (copy / FILE).symlink_to(copy / "nowhere.yaml")
+    with pytest.raises(DataError, match=f"{FILE}: cannot be read"):
+        open_index(copy)
 
 
 def test_a_csv_under_several_names(copy: Path) -> None:
