@@ -190,6 +190,8 @@ class Picture(Section):
         if (self.low is None) != (self.high is None) or any(
                 len(limit) != colours for limit in (self.low, self.high) if limit is not None):
             raise ValueError(f"low and high go together, with {colours} number{'s' if colours > 1 else ''} each")
+        if not all(low < high for low, high in zip(self.low or (), self.high or ())):
+            raise ValueError("low has to be below high in each colour")
         return self
 
 

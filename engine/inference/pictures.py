@@ -37,7 +37,10 @@ def quicklook(stack: Stack) -> tuple[np.ndarray, str]:
         if picture.clouds is not None:
             clouds = sensor.bands.index(picture.clouds)
             shown = min(seen, key=lambda k: images[k, ..., clouds].mean())
-        return _colours(images[shown][..., places], picture), f"{picture.title}, {dataset.steps[stack.months[shown]]}"
+        values = images[shown][..., places].astype(np.float32)
+        if sensor.nodata is not None:
+            values[values == np.float32(sensor.nodata)] = np.nan
+        return _colours(values, picture), f"{picture.title}, {dataset.steps[stack.months[shown]]}"
     return np.zeros((dataset.tile, dataset.tile, 3)), "nothing seen"
 
 
@@ -47,17 +50,16 @@ def _plain(dataset: Dataset) -> Picture:
 
 
 def _colours(bands: np.ndarray, picture: Picture) -> np.ndarray:
-    """[H, W, 1, 2 or 3] → [H, W, 3] in 0..1; of two, their difference is the third."""
-    bands = bands.astype(np.float32)
+    """[H, W, 1, 2 or 3], NaN for nothing seen → [H, W, 3] in 0..1; of two, their difference is the third."""
     if bands.shape[-1] == 2:
         bands = np.concatenate([bands, bands[..., :1] - bands[..., 1:]], -1)
     if picture.low is not None:
         low, high = np.array(picture.low), np.array(picture.high)
         scaled = np.clip((bands - low) / (high - low), 0, 1)
     else:
-        low, high = np.percentile(bands, (1, 99))
+        low, high = np.nanpercentile(bands, (1, 99))
         scaled = np.clip((bands - low) / max(high - low, 1e-6), 0, 1) ** 0.7
-    return np.broadcast_to(scaled, (*scaled.shape[:2], 3))
+    return np.broadcast_to(np.nan_to_num(scaled), (*scaled.shape[:2], 3))
 
 
 def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarray | None) -> Figure:

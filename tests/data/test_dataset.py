@@ -115,6 +115,7 @@ def small(**changes: Any) -> Dataset:
     ({"pictures__0__bands": ["B4", "B9", "B2"]}, "pictures: band of S2 'B9' is none of B2, B3, B4, B8, B11"),
     ({"pictures__0__clouds": "CLP"}, "pictures: band of S2 'CLP' is none of"),
     ({"pictures__0__low": [1, 2, 3]}, "pictures.0: low and high go together, with 3 numbers each"),
+    ({"pictures__0__low": [1, 2, 3], "pictures__0__high": [2, 2, 4]}, "pictures.0: low has to be below high in each"),
 ], ids=lambda value: value[:45] if isinstance(value, str) else "")
 def test_what_does_not_hold_is_refused_by_its_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as error:

@@ -10,6 +10,7 @@ from engine.data.source import empty_stack
 from engine.data.tiff import tiff
 from engine.data.tiff.source import TiffSource
 from engine.inference.pictures import Scatter, chip_figure, pixels, quicklook, save
+from tests.data.test_dataset import small
 
 
 def test_a_panel_shows_all_four_and_says_which_chip(sample: Path, tmp_path: Path) -> None:
@@ -36,6 +37,18 @@ def test_the_clearest_month_is_shown(sample: Path) -> None:
     assert title == "Sentinel-2, May" and image.shape == (TILE, TILE, 3) and 0 <= image.min() < image.max() <= 1
     stack.images[1][:] = 0
     assert quicklook(stack)[1] == "Sentinel-1, September"
+
+
+def test_what_was_not_seen_does_not_stretch_the_colours() -> None:
+    data = small(pictures=...)
+    stack = empty_stack(data)
+    for images in stack.images:
+        images[...] = np.linspace(300, 2000, data.tile).astype(images.dtype)[:, None, None]
+    whole, _ = quicklook(stack)
+    stack.images[0][:, :3] = data.sensors[0].nodata
+    holed, _ = quicklook(stack)
+    assert not holed[:3].any() and np.ptp(holed[3:]) > 0.99, "black, and the rest from 0 to 1"
+    assert np.abs(holed[3:] - whole[3:]).max() < 0.3
 
 
 def test_the_scatter_counts_every_pixel() -> None:
