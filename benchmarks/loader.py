@@ -134,7 +134,8 @@ def bytes_to_read(request: Request) -> int:
     chip, months = request.chip, present_months(request.chip, request.draw.keep)
     if chip.packed is not None:
         head = chip_file.read_head(chip.packed)
-        return sum(head.section(number)[1] for number in (0, *(1 + t for t in months)))
+        sections = [chip_file.LABEL, chip_file.STATIC, *(chip_file.FIRST_STEP + t for t in months)]
+        return sum(head.section(number)[1] for number in sections)
     paths = [chip.path(s, t) for s in range(len(SENSORS)) for t in months if chip.months[s][t]]
     return sum(path.stat().st_size for path in paths + ([chip.label] if chip.label else []))
 

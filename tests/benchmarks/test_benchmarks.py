@@ -30,6 +30,7 @@ import data_check
 import gpu_report
 import harness
 import levers
+import loader
 import render
 import repeat_store
 import step_estimate
@@ -452,6 +453,14 @@ def test_a_dry_call_runs_every_command(tmp_path: Path) -> None:
     assert "Card: no GPU" in report and report in done.stdout and "FAILED" not in report
     again = check(1, tmp_path, **some)
     assert again.returncode == 0 and re.findall(r"^(\w+) ", again.stdout, re.M)[:7] == ["cached"] * 7
+
+
+def test_bytes_to_read_are_those_of_the_file(stores: dict[bool, Path]) -> None:
+    for chip in open_index(stores[False]).chips:
+        assert chip.packed is not None
+        head, one = read_head(chip.packed), np.arange(12) == chip.there[-1]
+        counted = [loader.bytes_to_read(Request(chip, IDENTITY._replace(keep=keep))) for keep in (None, one)]
+        assert counted == [head.end - head.start, int(head.label_sizes.sum() + head.sizes[one].sum())]
 
 
 def test_a_repeated_store_is_whole(stores: dict[bool, Path], tmp_path: Path) -> None:

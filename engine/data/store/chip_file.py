@@ -15,6 +15,7 @@ Values are stored as 16-bit codes, or, where a sensor has floats and nothing of 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -88,23 +89,25 @@ class Head(NamedTuple):
     sizes: np.ndarray  # [T, planes] uint32: bytes of each block, 0 for none; those of static sensors in all rows alike
     label_sizes: np.ndarray  # [LABEL_PLANES] uint32
     crc: np.ndarray  # [T + 3] uint32: sections, head
-    start: int  # of the first block
-    end: int  # of the file
+    places: tuple[int, ...]  # [T + 3] where each section begins, and the file ends
 
     @property
     def planes(self) -> Planes:
         return planes_of(self.dataset, self.values)
 
+    @property
+    def start(self) -> int:
+        """Of the first block."""
+        return self.places[0]
+
+    @property
+    def end(self) -> int:
+        """Of the file."""
+        return self.places[-1]
+
     def section(self, number: int) -> tuple[int, int]:
         """(first byte, size) of a section: LABEL, STATIC, or FIRST_STEP + t."""
-        label, static = int(self.label_sizes.sum()), self.planes.static
-        if number == LABEL:
-            return self.start, label
-        still = int(self.sizes[0, static].sum())
-        if number == STATIC:
-            return self.start + label, still
-        step, moving = number - FIRST_STEP, self.sizes[:, ~static]
-        return self.start + label + still + int(moving[:step].sum()), int(moving[step].sum())
+        return self.places[number], self.places[number + 1] - self.places[number]
 
 
 class Arrays(NamedTuple):
@@ -331,14 +334,15 @@ def _parse(data: bytes, length: int, size: int) -> Head:
         static = planes_of(dataset, values).static
         if (tables["sizes"][:, static] != tables["sizes"][0, static]).any():  # the kernel goes where they say
             raise DataError("is no packed chip (static images differ from step to step)")
-        blocks = int(tables["sizes"][:, ~static].sum()) + int(tables["sizes"][0, static].sum())
-        blocks += int(tables["label"].sum())
+        sections = [tables["label"].sum(), tables["sizes"][0, static].sum(), *tables["sizes"][:, ~static].sum(1)]
+        places = tuple(itertools.accumulate(map(int, sections), initial=head_end))
+        blocks = places[-1] - head_end
         if header != json.loads(_header(metadata, tables, blocks)[8:]):
             raise DataError("is no packed chip (its tables lie elsewhere)")
         sources = {name: (int(n), int(cksum)) for name, (n, cksum) in json.loads(metadata["sources"]).items()}
         head = Head(metadata["chip"], metadata["split"], dataset, values, sources, json.loads(metadata["label"]),
                     tables["months"].astype(bool), tables["nodata"], tables["sizes"], tables["label"],
-                    tables["crc32"], head_end, head_end + blocks)
+                    tables["crc32"], places)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, struct.error):
         raise DataError("is damaged, or no packed chip (its header does not fit its tables)") from None
     plane = dataset.tile ** 2
