@@ -119,6 +119,15 @@ def _images(chip: Chip, number: int) -> list[tuple[int, np.ndarray]]:
     return found
 
 
+def test_what_is_rounded_to_nodata_was_seen() -> None:
+    one = DATASETS["floats"].sensors[2]
+    assert (one.nodata, one.packed_step) == (0.25, 0.01)
+    values = np.array([0.25, 0.251, 0.2499, 0.24, 0.26], np.float32)
+    again = chip_file.decoded(chip_file.codes(values, one), one)
+    assert (again == np.float32(one.nodata)).tolist() == [True, False, False, False, False]
+    assert np.abs(again - values).max() < 0.0015
+
+
 def in_codes(data: Dataset, values: str) -> tuple[np.ndarray, np.ndarray]:
     """[C] of each band: what a whole code, or the range of floats, is after scaling; and whether it is in codes."""
     coded = [chip_file.is_coded(one, values) for one in data.sensors]

@@ -138,7 +138,9 @@ def decoded(found: np.ndarray, sensor: Sensor) -> np.ndarray:
         return (found.astype(np.int32) - sensor.code_zero).astype(sensor.values)
     values = ((found.astype(np.int32) - sensor.code_zero) / (1 / sensor.packed_step)).astype(np.float32)
     if sensor.nodata is not None:
-        values[found == sensor.code_nodata] = sensor.nodata
+        nodata = np.float32(sensor.nodata)
+        values[values == nodata] = np.nextafter(nodata, np.float32(np.inf))  # what was rounded to it was seen
+        values[found == sensor.code_nodata] = nodata
     return values
 
 
