@@ -56,7 +56,7 @@ from engine.training.losses import make_loss
 from engine.training.optim import make_optimizer, parameter_groups, set_learning_rate
 
 PRODUCTS = {"conv_1x1_as_mm": True, "max_autotune_gemm": True}  # of torch._inductor.config
-COARSE = RECIPE.model_copy(update={"group": 16, "months_step": 24})  # a recipe may not say more than 12 yet
+COARSE = RECIPE.model_copy(update={"group": 16, "months_step": 24})
 PADDED = 16  # channels: a multiple of 8, as tensor cores want them
 MOST_GRAPHED = 8  # chips
 NEEDS_CUDA = "needs CUDA"
