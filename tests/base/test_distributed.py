@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +12,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from engine.base.distributed import StopFlag, average_, from_rank_0, join, leave, local_world, of_all, rank, world
+from engine.base.distributed import (
+    Elsewhere,
+    StopFlag,
+    _Joined,
+    average_,
+    from_rank_0,
+    join,
+    leave,
+    local_world,
+    of_all,
+    rank,
+    together,
+    world,
+)
+from engine.base.errors import DataError
 from engine.inference.metrics import ChipTable
 from engine.training.batchnorm import average_statistics
 
@@ -46,6 +61,18 @@ def _two(process: int, port: str) -> None:
         assert not stop.agreed()
         stop.asked = process == 1  # SIGTERM reaches one rank first
         assert stop.agreed()
+
+        for group in (dist.group.WORLD, _Joined.host_group):
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
+
+        # What one fails in, all leave; and the next message meets its own kind
+        failure, heard = (DataError, "^chip 7$") if process else (Elsewhere, "^stopped by rank 1 on host .*: chip 7$")
+        with pytest.raises(failure, match=heard), together():
+            if process == 1:
+                raise DataError("chip 7")
+        with pytest.raises(failure, match=heard):
+            StopFlag().failed(DataError("chip 7")) if process else StopFlag().agreed()
+        assert of_all(process) == [0, 1]
 
         # each rank scores two of three chips' places, one of them padding
         table = ChipTable(3)

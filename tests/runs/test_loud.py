@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.data.index import open_index
 from engine.data.plan import Sharding, training_batches
@@ -59,22 +60,46 @@ def both_leave(ranks: list[Rank], seconds: float = 45) -> tuple[str, str]:
     return ranks[0].text(), ranks[1].text()
 
 
+def messages_alone() -> None:
+    """No watch tells the others.  To destroy a group is the end: NCCL's would wait for ranks that do not come."""
+    from engine.base.watch import Watch
+
+    for name in ("start", "tell", "told", "heard"):
+        setattr(Watch, name, lambda *_: None)
+    torch.distributed.destroy_process_group = lambda *_: os._exit(9)
+
+
 def test_a_bad_file_that_one_rank_finds_as_it_sets_up(path: Path, tmp_path: Path, sample: Path) -> None:
     data, file = damaged(sample, tmp_path / "data", 3)
     with started(tmp_path / "log", "train", "--config", path, "--set", "data.verify=true", variables=torchrun(2),
-                 each={1: ["--set", f"data.path={data}"]}) as ranks:
+                 each={1: ["--set", f"data.path={data}"]},
+                 before=dict.fromkeys(range(2), messages_alone)) as ranks:
         first, second = both_leave(ranks)
     assert f"train.py: {data}: 1 of " in second and file.name in second and "stopped by" not in second
     assert f"train.py: stopped by rank 1 on host {HOST}: {data}: 1 of " in first and file.name in first
     assert not (tmp_path / "run").exists()
 
 
+def damaged_for_the_fourth(sample: Path, folder: Path) -> tuple[Path, Path]:
+    """The second rank reads the file for the second step's second micro-batch, which the first could take."""
+    items = [item for batch in training_batches(8, 0, 0, Sharding(1, 2, 2, rank=1)) for item in batch]
+    return damaged(sample, folder, items[3].chip)
+
+
+def test_a_bad_file_in_the_middle_of_a_step(path: Path, tmp_path: Path, sample: Path) -> None:
+    data, file = damaged_for_the_fourth(sample, tmp_path / "data")
+    with started(tmp_path / "log", "train", "--config", path, "--set", f"data.path={data}", variables=torchrun(2),
+                 before=dict.fromkeys(range(2), messages_alone)) as ranks:
+        first, second = both_leave(ranks)
+    assert file.name in second and "stopped by" not in second
+    assert f"train.py: stopped by rank 1 on host {HOST}: " in first and file.name in first
+    assert [row["step"] for row in history(tmp_path / "run")] == [1]
+
+
 def test_a_bad_file_in_the_middle_of_a_step_under_the_deepspeed_launcher(path: Path, tmp_path: Path, sample: Path,
                                                                          command: Command) -> None:
-    """The second rank reads it for the second step's second micro-batch, which the first could take.  Its exit status
-    is the launcher's."""
-    items = [item for batch in training_batches(8, 0, 0, Sharding(1, 2, 2, rank=1)) for item in batch]
-    data, file = damaged(sample, tmp_path / "data", items[3].chip)
+    """Its exit status is the launcher's."""
+    data, file = damaged_for_the_fourth(sample, tmp_path / "data")
     result = command("train", "--config", path, "--set", f"data.path={data}", ranks=2)
     assert result.returncode == 2, result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
