@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.base.errors import ConfigError
+from engine.data.plan import Sharding
+from engine.trainer import State, Trainer
+from engine.training.checkpoint import STATE
 from tests.hosts import Rank, history, started, torchrun
 
 pytestmark = pytest.mark.slow
@@ -61,16 +69,23 @@ def losses(run: Path) -> list[float]:
 
 
 def keep_buffers() -> None:
-    """Each rank leaves the running statistics that it has when a checkpoint is written."""
+    """Each rank leaves the running statistics that it has when a checkpoint is written, and how often they were
+    averaged until then."""
+    from engine import trainer
     from engine.training import checkpoint
 
-    save = checkpoint.save
+    average, save, averaged = trainer.average_statistics, checkpoint.save, [0]
 
-    def saved(engine, folder, *args, **more):  # type: ignore[no-untyped-def]
-        torch.save(dict(engine.module.named_buffers()), folder.parent / f"buffers-{os.environ['RANK']}.pt")
-        return save(engine, folder, *args, **more)
+    def counted(model):  # type: ignore[no-untyped-def]
+        averaged[0] += 1
+        average(model)
 
-    checkpoint.save = saved
+    def saved(engine, folder, step, *args, **more):  # type: ignore[no-untyped-def]
+        torch.save((averaged[0], dict(engine.module.named_buffers())),
+                   folder.parent / f"buffers-{step}-{os.environ['RANK']}.pt")
+        return save(engine, folder, step, *args, **more)
+
+    trainer.average_statistics, checkpoint.save = counted, saved
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +116,23 @@ def test_two_ranks_of_srun_have_the_losses_of_one(one: Path, two: Path) -> None:
     for name, value in theirs.items():
         if "running" not in name and value.is_floating_point():
             torch.testing.assert_close(ours[name], value, rtol=0.02, atol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
+    for name in ("running_mean", "running_var"):  # of the first layer, where weights that differ a little tell least
+        a, b = (weights[f"encoder.model.bn1.{name}"] for weights in (ours, theirs))
+        assert float((a - b).norm() / b.norm()) < 0.05  # they forget as much a chip
     assert history(two, "validation")[0]["rmse_per_chip"] == pytest.approx(
         history(one, "validation")[0]["rmse_per_chip"], rel=0.02)  # by running statistics that are near, not equal
 
 
 def test_running_statistics_are_the_same_on_both_ranks_and_in_what_is_saved(two: Path) -> None:
-    first, second = (torch.load(two / f"buffers-{rank}.pt", weights_only=True) for rank in range(2))
+    for step, averages in {1: 1, 3: 2, 4: 4}.items():  # to save alone; the fourth's first is to validate
+        (times, first), (again, second) = (torch.load(two / f"buffers-{step}-{rank}.pt", weights_only=True)
+                                           for rank in range(2))
+        assert times == again == averages
+        assert sum(name.endswith("running_var") for name in first) > 20
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), (step, name)
     saved = load_file(two / "weights" / "last.safetensors")
-    assert sum(name.endswith("running_var") for name in first) > 20
     for name, value in first.items():
-        assert torch.equal(value, second[name]), name
         assert torch.equal(value, saved[name]), name
 
 
@@ -188,10 +210,21 @@ def test_one_rank_goes_on_where_two_were_killed(one: Path, killed: Path, folder:
 def test_all_go_on_from_where_rank_0_does(one: Path, killed: Path, folder: Path, sample: Path) -> None:
     path = recipe(folder / "together", sample)
     shutil.copytree(killed / "run", folder / "together" / "run")
-    with started(folder / "log", "train", "--config", path, variables=torchrun(2),
+    with started(folder / "log", "train", "--config", path, "--set", "train.timeout_s=60", variables=torchrun(2),
                  before={1: see_no_checkpoint}) as ranks:
         assert "resumed from" in succeed(ranks)
     np.testing.assert_allclose(losses(folder / "together" / "run"), losses(one), rtol=1e-4)
+
+
+def test_a_state_of_another_global_batch_is_refused(tmp_path: Path) -> None:
+    """Even where the recipe in the run's folder does not tell."""
+    step = tmp_path / "checkpoints" / "step-00000003"
+    step.mkdir(parents=True)
+    (step / STATE).write_text(json.dumps(asdict(State(epoch=1, chips=4, step=3, global_batch=4))))
+    begin: Any = Trainer._where_to_begin
+    assert begin(SimpleNamespace(folder=tmp_path, sharding=Sharding(1, 2, 2)))[1].chips == 4
+    with pytest.raises(ConfigError, match=r"step-00000003 was written with steps of 4 chips, .* says 2: .* twice"):
+        begin(SimpleNamespace(folder=tmp_path, sharding=Sharding(1, 1, 2)))
 
 
 # What cannot be one run -------------------------------------------------------------------------------------------
