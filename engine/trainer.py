@@ -105,7 +105,7 @@ class Trainer:
         self.background = Background()
         self.profile = profile or Profile(None, self.folder)
         self.lock = claim(self.folder, config, restart,
-                          {"values": self.source.values, "dataset": self.dataset.dump()})
+                          {"values": self.source.values, "dataset": self.dataset.dump(pictures=False)})
         self._say(explain(self.sharding, config))
         if config.data.cache_gb and local_world() > 1:
             self._say(f"data.cache_gb: {config.data.cache_gb:g} GB for each rank, "

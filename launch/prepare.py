@@ -17,6 +17,8 @@ from pathlib import Path
 
 from engine.base.cli import main
 
+DATASET = "description of a tree that has no dataset.yaml of its own: built-in, or a .yaml file"
+
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,12 +30,13 @@ def arguments() -> argparse.ArgumentParser:
     sample.add_argument("--test-chips", type=int, default=0,
                         help="chips of the test split, with labels in test_agbm/ (default: 0)")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--dataset", default="biomassters", help="a description: built-in, or a .yaml file")
+    sample.add_argument("--dataset", default="biomassters", help="its description: built-in, or a .yaml file")
     sample.set_defaults(run=run_sample)
 
     verify = commands.add_parser("verify", help="compare files with the metadata CSVs, or a store with itself")
     verify.add_argument("--data", required=True, type=Path)
     verify.add_argument("--workers", type=int, default=4)
+    verify.add_argument("--dataset", default="biomassters", help=DATASET)
     verify.set_defaults(run=run_verify)
 
     download = commands.add_parser("download", help="fetch the challenge's files from its public S3 buckets")
@@ -57,12 +60,14 @@ def arguments() -> argparse.ArgumentParser:
     pack.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="chips at a time (default: one a core)")
     pack.add_argument("--lossless", action="store_true", help="floats as they are, not in steps (Sentinel-1's 0.01 dB)")
     pack.add_argument("--verify", action="store_true", help="read every packed chip back and compare it with its TIFFs")
+    pack.add_argument("--dataset", default="biomassters", help=DATASET)
     pack.set_defaults(run=run_pack)
 
     inspect = commands.add_parser("inspect", help="show a chip of a TIFF tree or a store")
     inspect.add_argument("--data", required=True, type=Path)
     inspect.add_argument("--chip", required=True, help="its id")
     inspect.add_argument("--out", type=Path, help="also draw it into this .png file")
+    inspect.add_argument("--dataset", default="biomassters", help=DATASET)
     inspect.set_defaults(run=run_inspect)
 
     splits = commands.add_parser("splits", help="publish folds")
@@ -71,6 +76,7 @@ def arguments() -> argparse.ArgumentParser:
     splits.add_argument("--scheme", choices=("kfold", "stratified"), default="stratified")
     splits.add_argument("--folds", type=int, default=10)
     splits.add_argument("--seed", type=int, default=314159)
+    splits.add_argument("--dataset", default="biomassters", help=DATASET)
     splits.set_defaults(run=run_splits)
     return parser
 
@@ -104,14 +110,15 @@ def run_sample(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     from engine.base.errors import DataError
     from engine.base.progress import Progress
-    from engine.data.index import is_store
+    from engine.data.dataset import load_dataset
+    from engine.data.index import dataset_at, is_store
     from engine.data.metadata import read_metadata, verify
 
     if not args.data.is_dir():
         raise DataError(f"{args.data}: no such folder")
     if is_store(args.data):
         return verify_packed(args)
-    files = list(read_metadata(args.data))
+    files = list(read_metadata(args.data, dataset_at(args.data, load_dataset(args.dataset)).folders))
     if not files:
         raise DataError(f"{args.data}: no features_metadata.csv or train_agbm_metadata.csv to compare with; "
                         f"put the challenge's CSVs there")
@@ -181,12 +188,14 @@ def verify_packed(args: argparse.Namespace) -> int:
 
 def run_pack(args: argparse.Namespace) -> int:
     from engine.base.progress import Progress
+    from engine.data.dataset import load_dataset
     from engine.data.index import open_index
     from engine.data.store.pack import pack
 
-    with Progress("packing", len(open_index(args.data)), "chip") as progress:
-        made = pack(args.data, args.out, lossless=args.lossless, workers=args.workers, verify=args.verify,
-                    progress=progress.advance)
+    dataset = load_dataset(args.dataset)
+    with Progress("packing", len(open_index(args.data, dataset)), "chip") as progress:
+        made = pack(args.data, args.out, dataset=dataset, lossless=args.lossless, workers=args.workers,
+                    verify=args.verify, progress=progress.advance)
     print(f"{made['chips']} chips in {args.out}, {made['new']} of them new: {made['bytes'] / 1e9:.3f} GB, "
           f"{made['bytes'] / made['tiff_bytes']:.3f} of the TIFFs"
           + ("; every one was compared with them" if args.verify else ""))
@@ -195,9 +204,10 @@ def run_pack(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from engine.data.chip_view import open_chip
+    from engine.data.dataset import load_dataset
     from engine.inference import pictures
 
-    view = open_chip(args.data, args.chip)
+    view = open_chip(args.data, args.chip, load_dataset(args.dataset))
     print(view.table())
     if args.out is not None:
         pictures.save(pictures.months_figure(args.chip, view.stack, view.chip.label is not None), args.out)
@@ -207,11 +217,13 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_splits(args: argparse.Namespace) -> int:
     from engine.base.errors import DataError
+    from engine.data.dataset import load_dataset
     from engine.data.index import open_index
     from engine.data.selection.chips import mean_label, missing_images
     from engine.data.selection.folds import kfold, save_folds, stratified
 
-    chips = [chip for chip in open_index(args.data).split("train") if chip.label is not None]
+    index = open_index(args.data, load_dataset(args.dataset))
+    chips = [chip for chip in index.split("train") if chip.label is not None]
     if not chips:
         raise DataError(f"{args.data}: no labelled chips to split")
     ids = [chip.id for chip in chips]

@@ -101,12 +101,12 @@ def _range(values: np.ndarray) -> str:
     return f"{seen.min():.4g} … {seen.mean():.4g} … {seen.max():.4g}"
 
 
-def open_chip(root: Path | str, chip: str) -> ChipView:
+def open_chip(root: Path | str, chip: str, dataset: Dataset | None = None) -> ChipView:
     """All of a chip of a TIFF tree or a packed store, as NumPy arrays; `.to_xarray()` with names and units.
 
-    Raises DataError where there is no such chip, or it is damaged.
+    dataset: as for `engine.open_index`.  Raises DataError where there is no such chip, or it is damaged.
     """
-    chips = open_index(root).by_id()
+    chips = open_index(root, dataset).by_id()
     if chip not in chips:
         near = difflib.get_close_matches(chip, chips, n=3) or list(chips)[:3]
         raise DataError(f"{root}: no chip {chip!r} among {len(chips)}; it has {', '.join(near)}")

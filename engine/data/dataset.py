@@ -252,8 +252,13 @@ class Dataset(Section):
         """Of each sensor's files and, last, the labels': groups `chip` and `step`."""
         return tuple(map(_regex, (*(sensor.file for sensor in self.sensors), self.target.file)))
 
-    def dump(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude_defaults=True)
+    def dump(self, pictures: bool = True) -> dict[str, Any]:
+        """As YAML and JSON hold it; with or without what is only for people to look at."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=None if pictures else {"pictures"})
+
+    def alike(self, other: Dataset) -> bool:
+        """Whether both describe the same data; how they are pictured does not count."""
+        return self is other or self.dump(pictures=False) == other.dump(pictures=False)
 
     def __hash__(self) -> int:
         return hash((self.name, self.steps, self.bands))
@@ -327,9 +332,9 @@ def described(notes: Mapping[str, str], source: str) -> Dataset:
 
 
 def differences(was: Dataset, now: Dataset) -> list[str]:
-    """Where data of `now` do not fit what was trained on `was`: sensors, bands, their ranges, steps.  Empty: they do.
+    """Where data of `now` do not fit what was trained on `was`: sensors, bands, their ranges, steps, pixels.
 
-    File names, folders and the target may differ.
+    Empty: they do.  File names, folders and the target may differ.
     """
     told = []
     for ours, theirs, what in ((was.steps, now.steps, "steps"),
@@ -338,6 +343,8 @@ def differences(was: Dataset, now: Dataset) -> list[str]:
             told.append(f"{what} {', '.join(theirs)} instead of {', '.join(ours)}")
     if was.tile != now.tile:
         told.append(f"tiles of {now.tile} pixels instead of {was.tile}")
+    if was.pixel_metres != now.pixel_metres:
+        told.append(f"pixels of {now.pixel_metres:g} m instead of {was.pixel_metres:g}")
     for mine, other in zip(was.sensors, now.sensors):
         if mine.bands != other.bands:
             at = next((i for i, (a, b) in enumerate(zip(mine.bands, other.bands)) if a != b),

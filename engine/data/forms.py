@@ -24,7 +24,7 @@ def open_source(chips: Sequence[Chip], *, nodata_months: str = "fail", cache_gb:
     """
     if chips[0].packed is not None:
         source = PackedSource(chips[0].packed, nodata_months, cache_gb, backend)
-        if source.dataset != chips[0].dataset:
+        if not source.dataset.alike(chips[0].dataset):
             raise DataError(f"{chips[0].packed}: describes its data otherwise than {MANIFEST} does; run "
                             f"`launch/prepare.py pack` again, it writes {MANIFEST} anew")
         return source

@@ -34,9 +34,10 @@ FORMAT = "biomass-store"
 SHARE = {chip_file.STEPS: 0.5, chip_file.EXACT: 0.7}
 
 
-def pack(tree: Path, out: Path, *, lossless: bool = False, workers: int = 4, verify: bool = False,
-         progress: Callable[[int], None] | None = None) -> dict[str, int]:
-    """Pack the TIFF tree `tree` into the store `out`, or finish what an earlier call began.
+def pack(tree: Path, out: Path, *, dataset: Dataset | None = None, lossless: bool = False, workers: int = 4,
+         verify: bool = False, progress: Callable[[int], None] | None = None) -> dict[str, int]:
+    """Pack the TIFF tree `tree` (of `dataset`, as for `open_index`) into the store `out`, or finish what an earlier
+    call began.
 
     `lossless` keeps floats as they are; else those of sensors with a `packed_step` (Sentinel-1's 0.01 dB) are stored in
     such steps.  Integers and labels are always kept exactly.  `verify` reads every packed chip back and compares it
@@ -49,7 +50,7 @@ def pack(tree: Path, out: Path, *, lossless: bool = False, workers: int = 4, ver
     if is_store(tree):
         raise DataError(f"{tree}: is a packed store already; --data takes the TIFF tree")
     values = chip_file.EXACT if lossless else chip_file.STEPS
-    index = open_index(tree)
+    index = open_index(tree, dataset)
     check_settings(out, index.dataset, values)
     published = {file.path: file for file in index.files}
     folder = out / chip_file.CHIPS
@@ -147,7 +148,7 @@ def check_settings(out: Path, dataset: Dataset, values: str) -> None:
             flag = {chip_file.EXACT: "with --lossless", chip_file.STEPS: "without --lossless"}
             raise DataError(f"{out}: was packed {flag[head.values]}, now it is asked for {flag[values]}; go on as "
                             f"before, or give --out another folder")
-        if head.dataset != dataset:
+        if not head.dataset.alike(dataset):
             raise DataError(f"{out}: holds chips of data set {head.dataset.name!r} as it was described then, not as "
                             f"{dataset.name!r} is described now; give --out another folder")
 

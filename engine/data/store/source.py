@@ -195,7 +195,7 @@ class _Open:
         if head.chip != self.chip.id or head.values != self.source.values:
             raise DataError(f"{self.path}: holds chip {head.chip}, floats as {head.values}, where chip {self.chip.id}, "
                             f"floats as {self.source.values}, belongs; {chip_file.REMEDY}")
-        if head.dataset != self.source.dataset:
+        if not head.dataset.alike(self.source.dataset):
             raise DataError(f"{self.path}: is of data set {head.dataset.name!r} as it was described then, the store of "
                             f"{self.source.dataset.name!r}; {chip_file.REMEDY}")
         there = tuple(tuple(bool(month) for month in row) for row in head.months)

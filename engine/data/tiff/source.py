@@ -87,9 +87,10 @@ class TiffSource:
             return False
         path = chip.path(number, month)
         self._load(path, out, turn, out.dtype)
-        if out.dtype.kind == "f" and np.isnan(out.sum()):  # a sum sees every NaN, and is cheaper than a mask
+        # A sum sees every NaN and infinity, and is cheaper than a mask
+        if out.dtype.kind == "f" and not np.isfinite(out.sum()) and not np.isfinite(out).all():
             wanted = "" if sensor.nodata is None else f", or write nodata as {sensor.nodata:g}"
-            raise DataError(f"{path}: holds NaN; download it again{wanted}")
+            raise DataError(f"{path}: holds NaN or infinity; download it again{wanted}")
         return True
 
     def _load(self, path: Any, out: np.ndarray, turn: Turn, dtype: np.dtype[Any]) -> None:
