@@ -291,7 +291,8 @@ def test_a_store_of_another_description_is_refused(tree: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("changes", "told"), [
     ({}, []),
-    ({"name": "other", "pixel_metres": 20, "target__name": "cover", "sensors__0__file": "{chip}-{step}-S2.tif"}, []),
+    ({"name": "other", "target__name": "cover", "sensors__0__file": "{chip}-{step}-S2.tif"}, []),
+    ({"pixel_metres": 20}, ["pixels of 20 m instead of 10"]),
     ({"sensors__0__bands": ["B2", "B3", "B5", "B8", "B11"], "pictures": []}, ["S2: band 3 is B5 instead of B4"]),
     ({"sensors__1__bands": ["VV", "VH", "HH"], "sensors__1__low": [0] * 3, "sensors__1__high": [1] * 3},
      ["radar: band 3 is HH instead of no band"]),
