@@ -26,18 +26,18 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
         _ranks("leave")
     except EngineError as error:
         code = STOPPED if type(error).__name__ == "Stopped" else 2
-        _say(parser, error)
+        _say(f"{parser.prog}: {error}")
         _ranks("leave") if code == STOPPED else _ranks("abandon", error)
     except KeyboardInterrupt as error:
         code = 130
-        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        _say(f"{parser.prog}: interrupted")
         _ranks("abandon", error)
     except Exception as error:
         code = 1
         reason = _ranks("abandon", error)
         if reason is not None:  # this rank only noticed
             code = 2
-            print(f"{parser.prog}: stopped by {reason}", file=sys.stderr, flush=True)
+            _say(f"{parser.prog}: stopped by {reason}")
         else:
             traceback.print_exc()
     sys.stdout.flush()
@@ -47,8 +47,10 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
     sys.exit(code)
 
 
-def _say(parser: argparse.ArgumentParser, error: EngineError) -> None:
-    print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    """In one write: under `python -u`, as launchers start ranks, print takes two, and lines of two ranks run together."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _ranks(call: str, *args: object) -> Any:

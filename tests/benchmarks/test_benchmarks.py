@@ -139,11 +139,14 @@ def test_peak_memory_is_that_of_the_variant() -> None:
 
     big = harness.Variant("big", run)
     none = harness.Variant("none", lambda _: None, resident=5 << 20)
-    timings = harness.measure([big, none], device=CPU, n=1, warmup=2)
-    assert timings[0].peak == 1 << 26 and timings[1].peak == 5 << 20
-    if harness._reset_high_water():  # a sandbox may forbid it
-        grown = [timing.extra["process GiB"][0] * 1024 for timing in timings]  # MiB
-        assert 90 < grown[0] < 110 and 5 <= grown[1] < 10
+    grown: list[list[float]] = []
+    for _ in range(3):  # threads that other tests left may allocate meanwhile
+        timings = harness.measure([big, none], device=CPU, n=1, warmup=2)
+        assert timings[0].peak == 1 << 26 and timings[1].peak == 5 << 20
+        if harness._reset_high_water():  # a sandbox may forbid it
+            grown.append([timing.extra["process GiB"][0] * 1024 for timing in timings])  # MiB
+    if grown:
+        assert 90 < min(row[0] for row in grown) < 110 and 5 <= min(row[1] for row in grown) < 10
 
 
 def _touch(size: int) -> None:
