@@ -48,7 +48,7 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
 
 
 def _say(text: str) -> None:
-    """In one write: under `python -u`, as launchers start ranks, print takes two, and lines of two ranks run together."""
+    """In one write: under `python -u`, as launchers start ranks, print takes two, and two ranks share a line."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
