@@ -320,7 +320,7 @@ def test_two_ranks_with_compiled_blocks(plain_run: Path, tmp_path: Path, sample:
     with started(tmp_path / "log", "train", "--config", recipe(tmp_path, sample, "compiled"), *RUN, "--set",
                  f"train.zero_stage={stage}", "--set", "train.compile=true", "--set",
                  "train.checkpoint_activations=true", variables=torchrun(2),
-                 before=dict.fromkeys(range(2), stop_tracing)) as ranks:
+                 before=dict.fromkeys(range(2), stop_tracing) if stage < 3 else None) as ranks:
         assert [rank.wait(1200) for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
         out = ranks[0].text()
     assert ("blocks of" in out) == (stage < 3) and ("nothing is compiled at ZeRO-3" in out) == (stage == 3)
