@@ -98,7 +98,7 @@ def test_a_bad_file_in_the_middle_of_a_step(path: Path, tmp_path: Path, sample: 
 
 def test_a_bad_file_in_the_middle_of_a_step_under_the_deepspeed_launcher(path: Path, tmp_path: Path, sample: Path,
                                                                          command: Command) -> None:
-    """Its exit status is the launcher's, which kills the other rank a second after one has left, on a busy machine before
+    """Its exit status is the launcher's, which kills the other rank a second after one has left, if need be before
     it has said why."""
     data, file = damaged_for_the_fourth(sample, tmp_path / "data")
     result = command("train", "--config", path, "--set", f"data.path={data}", ranks=2)
