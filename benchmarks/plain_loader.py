@@ -47,10 +47,10 @@ class Chips(Dataset[Sample]):
             else:
                 images = np.stack([warp(month, draw.matrix) for month in images])
                 label = warp(label[:, :, None], draw.matrix)[:, :, 0]
-        assert draw.keep is not None
-        images[~draw.keep] = 0
+        keep = np.ones(T, bool) if draw.keep is None else draw.keep
+        images[~keep] = 0
         tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        return tensor, torch.from_numpy(~draw.keep), torch.from_numpy(label)
+        return tensor, torch.from_numpy(~keep), torch.from_numpy(label)
 
 
 def read_chip(chip: Chip) -> tuple[np.ndarray, np.ndarray]:

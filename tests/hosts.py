@@ -120,7 +120,7 @@ class Rank:
 def forks() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engine.trainer", "engine.inference.predictor"])
-    with mock.patch.dict(os.environ, environment()):
+    with mock.patch.dict(os.environ, environment(), clear=True):
         multiprocessing.forkserver.ensure_running()
     return context
 

@@ -235,12 +235,13 @@ def test_the_plain_loader_does_the_plan(sample: Path) -> None:
     for name, draw in draws.items():
         images, dropped, label = plain_loader.Chips([Request(chip, draw)])[0]
         expected, expected_label = transform(stack, draw.matrix)
-        expected[~draw.keep] = 0
+        kept = np.ones(12, bool) if draw.keep is None else draw.keep
+        expected[~kept] = 0
         off = np.abs(images.numpy().transpose(0, 2, 3, 1) - expected)
         assert off.max() < (0.05 if name == "rotated" else 1e-6), name
         assert off.mean() < (1e-3 if name == "rotated" else 1e-7), name
         assert np.abs(label.numpy() - expected_label).mean() < 0.5, name
-        assert dropped.tolist() == (~draw.keep).tolist()
+        assert dropped.tolist() == (~kept).tolist()
 
 
 # They run ----------------------------------------------------------------------------------------------------------
