@@ -55,5 +55,5 @@ def _say(text: str) -> None:
 
 def _ranks(call: str, *args: object) -> Any:
     """A function of `engine.base.distributed`, where this process has anything to do with other ranks."""
-    parallel = sys.modules.get("engine.base.distributed")
-    return getattr(parallel, call)(*args) if parallel is not None else None
+    distributed = sys.modules.get("engine.base.distributed")
+    return getattr(distributed, call)(*args) if distributed is not None else None

@@ -145,11 +145,13 @@ class Item(NamedTuple):
 
 
 def training_batches(n: int, seed: int, epoch: int, sharding: Sharding, start_step: int = 0,
-                     augment: Augment | None = None, months: int = 12) -> Iterator[list[Item]]:
+                     augment: Augment | None = None, months: int = 0) -> Iterator[list[Item]]:
     """This rank's micro-batches of an epoch, from optimizer step `start_step` on.
 
-    augment: what of `months` are dropped by, for dealing; None: a global batch is cut in its order.
+    augment: what of `months` (T) are dropped by, for dealing; None: a global batch is cut in its order.
     """
+    if augment is not None and months < 1:
+        raise ValueError("months: dealing needs to know of how many some are dropped")
     chips = order(n, seed, epoch)
     s = sharding
     for step in range(start_step, s.steps(n)):

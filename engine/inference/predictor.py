@@ -31,7 +31,6 @@ from engine.inference.fold import optimize_for_inference
 from engine.model import weights
 
 SCALED_BY = 64  # labels that the scatter's axes are chosen by
-SPLITS = ("auto", "train", "test", "all", "validation")
 
 
 def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:

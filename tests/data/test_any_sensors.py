@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from engine.base.errors import ConfigError, DataError
 from engine.config import Augment
 from engine.data import pipeline, reference
-from engine.data.dataset import Dataset, Sensor, parse_dataset
+from engine.data.dataset import Dataset, Sensor, load_dataset, parse_dataset
 from engine.data.forms import open_source, read_label
 from engine.data.index import Chip, open_index
 from engine.data.made.fields import make_fields
-from engine.data.plan import IDENTITY, Draw, draw
+from engine.data.plan import IDENTITY, draw
 from engine.data.source import empty_stack
 from engine.data.store import chip_file
 from engine.data.store.pack import pack
-from engine.data.store.source import Blocks
 from engine.data.tiff import tiff
 from engine.data.tiff.source import TiffSource
-from tests.data.test_packed import form_of, load, pixels
+from tests.conftest import ROOT
+from tests.data.test_packed import by_the_gpus_operators, load, pixels
 
 
 def sensor(name: str, bands: int, low: float, high: float, **more: Any) -> dict[str, Any]:
@@ -229,34 +230,6 @@ def test_the_gpu_graph_can_be_defined(name: str, warp: bool, values: str) -> Non
         assert kind == "ExternalSource" or all(out.device == "gpu" for out in operator.outputs), kind
 
 
-def inflated(blocks: Blocks, tile: int) -> list[np.ndarray]:
-    """In nvCOMP's place: [blocks, tile²] uint8 of each table."""
-    data = memoryview(blocks.data.tobytes())
-    return [np.stack([chip_file.inflate(data[a:a + n], tile ** 2, "it") for a, n in zip(offsets, sizes)])
-            for offsets, sizes in zip(blocks.tables[::2], blocks.tables[1::2])]
-
-
-def by_the_gpus_operators(chip: Chip, how: Draw, warp: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Images and label by what follows the inflation in the GPU's graph, run by DALI on the CPU."""
-    import nvidia.dali.fn as fn
-    from nvidia.dali import Pipeline
-    from nvidia.dali.types import DALIDataType
-
-    source = open_source([chip], backend="gpu")
-    blocks = source.read(chip, how.keep, source.buffer())
-    assert isinstance(blocks, Blocks)
-    planes = inflated(blocks, chip.dataset.tile)
-    pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
-    with pipe:
-        *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*planes, how.matrix)], batch=True,
-                                             num_outputs=len(planes) + 1)
-        stored = pipeline.assemble(form_of(source), inputs)
-        pipe.set_outputs(*pipeline.finish(form_of(source), stored, matrix, warp, DALIDataType.FLOAT))
-    pipe.build()
-    images, label = (np.asarray(output.as_array())[0] for output in pipe.run())
-    return images, label
-
-
 @pytest.mark.parametrize("form", ["steps", "exact"])
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_gpus_operators_agree_with_the_cpus(name: str, form: str, made: Any) -> None:
@@ -296,3 +269,23 @@ def test_labels_of_integers_are_floats(made: Any) -> None:
                 found, stored = read_label(chip), tifffile.imread(plain.label)
                 assert stored.dtype == np.uint16 and found.dtype == np.float32
                 np.testing.assert_array_equal(found, stored)
+
+
+def test_a_made_folder_is_completed_and_never_mixed(tmp_path: Path) -> None:
+    data = load_dataset(ROOT / "configs" / "datasets" / "grassland.yaml").model_copy(update={"tile": 32})
+    out = tmp_path / "made"
+    make_fields(out, data, 1, 0)
+    first = {path: path.read_bytes() for path in out.rglob("*.tif")}
+    make_fields(out, data, 2, 0, test_chips=1)
+    index = open_index(out)
+    assert [len(index.split(split)) for split in ("train", "test")] == [2, 1] and len(index.labelled()) == 3
+    assert all(path.read_bytes() == was for path, was in first.items())
+    for chips, seed in ((1, 0), (2, 1)):  # fewer than there are, and others
+        with pytest.raises(DataError, match="holds another or a larger sample; remove it or choose another folder"):
+            make_fields(out, data, chips, seed, test_chips=1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(DataError, match="is not empty and no sample"):
+        make_fields(tmp_path / "notes", data, 1, 0)
+    with pytest.raises(ConfigError, match="chips must be at least 1"):
+        make_fields(tmp_path / "none", data, 0, 0)

@@ -131,16 +131,32 @@ def form_of(source: Source) -> pipeline.Form:
     return pipeline.Form(source.form, source.dataset, source.values)
 
 
-def inflated(blocks: Blocks) -> list[np.ndarray]:
+def inflated(blocks: Blocks, tile: int) -> list[np.ndarray]:
     """In nvCOMP's place: [blocks, tile²] uint8 of each table."""
-    import lz4.block
+    data = memoryview(blocks.data.tobytes())
+    return [np.stack([chip_file.inflate(data[a:a + n], tile ** 2, "it") for a, n in zip(offsets, sizes)])
+            for offsets, sizes in zip(blocks.tables[::2], blocks.tables[1::2])]
 
-    data = blocks.data.tobytes()
-    planes = []
-    for offsets, sizes in zip(blocks.tables[::2], blocks.tables[1::2]):
-        planes.append(np.stack([np.frombuffer(lz4.block.decompress(data[a:a + n], uncompressed_size=TILE * TILE),
-                                              np.uint8) for a, n in zip(offsets.tolist(), sizes.tolist())]))
-    return planes
+
+def by_the_gpus_operators(chip: Chip, how: Draw, warp: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Images and label by what follows the inflation in the GPU's graph, run by DALI on the CPU."""
+    import nvidia.dali.fn as fn
+    from nvidia.dali import Pipeline
+    from nvidia.dali.types import DALIDataType
+
+    source = open_source([chip], backend="gpu")
+    blocks = source.read(chip, how.keep, source.buffer())
+    assert isinstance(blocks, Blocks)
+    planes = inflated(blocks, chip.dataset.tile)
+    pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipe:
+        *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*planes, how.matrix)], batch=True,
+                                             num_outputs=len(planes) + 1)
+        stored = pipeline.assemble(form_of(source), inputs)
+        pipe.set_outputs(*pipeline.finish(form_of(source), stored, matrix, warp, DALIDataType.FLOAT))
+    pipe.build()
+    images, label = (np.asarray(output.as_array())[0] for output in pipe.run())
+    return images, label
 
 
 @pytest.mark.parametrize("lossless", FORMS)
@@ -154,7 +170,7 @@ def test_blocks_hold_the_chip_as_the_gpu_will_see_it(stores: dict[bool, Path], l
     source = open_source([chip], backend="gpu")
     blocks = source.read(chip, keep, source.buffer())
     assert isinstance(blocks, Blocks)
-    planes = inflated(blocks)
+    planes = inflated(blocks, TILE)
     pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
     with pipe:
         inputs = fn.external_source(source=lambda: [[x] for x in planes], num_outputs=len(planes), batch=True)
@@ -171,22 +187,9 @@ def test_blocks_hold_the_chip_as_the_gpu_will_see_it(stores: dict[bool, Path], l
 
 def test_the_gpus_operators_agree_with_the_cpus_kernel(tree: Path, stores: dict[bool, Path]) -> None:
     """What follows the inflation in the GPU's graph, run by DALI on the CPU, against kernels/packed_chip."""
-    import nvidia.dali.fn as fn
-    from nvidia.dali import Pipeline
-    from nvidia.dali.types import DALIDataType
-
     chip = open_index(stores[False]).split("train")[1]
     how = draw(BIOMASSTERS, Augment(rotate=1, month_dropout=0), 3, 0, 0)
-    source = open_source([chip], backend="gpu")
-    planes = inflated(source.read(chip, how.keep, source.buffer()))  # type: ignore[arg-type]
-    pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
-    with pipe:
-        *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*planes, how.matrix)], batch=True,
-                                             num_outputs=len(planes) + 1)
-        stored = pipeline.assemble(form_of(source), inputs)
-        pipe.set_outputs(*pipeline.finish(form_of(source), stored, matrix, True, DALIDataType.FLOAT))
-    pipe.build()
-    images, label = (np.asarray(output.as_array())[0] for output in pipe.run())
+    images, label = by_the_gpus_operators(chip, how, True)
     batch = load([chip], [how], "cpu", warp=True)
     counts = np.abs(pixels(batch)[0] - images) * CODES
     assert counts.max() < 1.01 and (counts > 0.01).mean() < 0.002

@@ -59,7 +59,7 @@ def test_files_are_what_the_tables_say(made: tuple[Path, dict[str, Any]]) -> Non
     rows = {f"{row['split']}_features/{row['filename']}": row for row in features}
     rows |= {f"train_agbm/{row['filename']}": row for row in labels}
     assert len(labels) == 2 and len({row["chip_id"] for row in features}) == 3
-    unlisted = {f"test_agbm/{BIOMASSTERS.label_name(sample.chip_id(SEED, sample._FIRST_TEST))}"}
+    unlisted = {f"test_agbm/{BIOMASSTERS.label_name(sample.chip_id(SEED, sample.FIRST_TEST))}"}
     assert {str(p.relative_to(out)) for p in out.glob("*/*")} == rows.keys() | unlisted
     for place, row in rows.items():
         assert cksum_file(out / place) == (int(row["cksum"]), int(row["size"]))
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_chip_ids() -> None:
-    numbers = [*range(20_000), *range(sample._FIRST_TEST, sample._FIRST_TEST + 5_000)]
+    numbers = [*range(20_000), *range(sample.FIRST_TEST, sample.FIRST_TEST + 5_000)]
     ids = [sample.chip_id(SEED, n) for n in numbers]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch("[0-9a-f]{8}", chip) for chip in ids)

@@ -22,14 +22,12 @@ from engine.base.errors import ConfigError, DataError
 from engine.base.files import write_text
 from engine.data.dataset import FILE, LABEL_DTYPE, Dataset, Sensor
 from engine.data.made.forest import field, generator
-from engine.data.tiff.tiff import encode, write_bytes
+from engine.data.made.sample import FIRST_TEST, NOTE, bring, chip_id
 
-NOTE = "sample.json"
 MISSING = 0.15  # of the images
 NODATA = 0.2  # of the images have a rectangle of it, of sensors that know it
 NOISE = 0.04  # of a band's range
 TOP = 30.0  # of the target, where the description does not say from where on it is ignored
-_FIRST_TEST = 1 << 31
 
 
 def make_fields(out: Path | str, dataset: Dataset, chips: int, seed: int, test_chips: int = 0,
@@ -46,20 +44,20 @@ def make_fields(out: Path | str, dataset: Dataset, chips: int, seed: int, test_c
                           f"at least 0")
     key = zlib.crc32(json.dumps(dataset.dump(), sort_keys=True).encode())
     note: dict[str, Any] = {"dataset": dataset.name, "description": key, "seed": seed}
-    _claim(out, note)
+    _claim(out, note, chips, test_chips)
     folders = dataset.folders
     jobs = [(n, folders.train, folders.target) for n in range(chips)]
-    jobs += [(_FIRST_TEST + n, folders.test, folders.test_target) for n in range(test_chips)]
+    jobs += [(FIRST_TEST + n, folders.test, folders.test_target) for n in range(test_chips)]
     write_text(out / FILE, yaml.safe_dump(dataset.dump(), sort_keys=False, allow_unicode=True))
 
     def make(job: tuple[int, str, str]) -> np.ndarray:
         number, images, target = job
-        chip = f"{zlib.crc32(f'{seed} {number}'.encode()):08x}"
+        chip = chip_id(seed, number)
         made = dict(draw(dataset, seed, number, chip))
         label = made.pop(dataset.label_name(chip))
         for name, image in made.items():
-            _put(out / images / name, image)
-        _put(out / target / dataset.label_name(chip), label)
+            bring(out / images / name, image)
+        bring(out / target / dataset.label_name(chip), label)
         return label.astype(np.float64)
 
     labels: list[np.ndarray] = []
@@ -121,23 +119,18 @@ def _fit(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
 
 
-def _claim(out: Path, note: dict[str, Any]) -> None:
+def _claim(out: Path, note: dict[str, Any], chips: int, test_chips: int) -> None:
     """Mark `out` as a sample in the making, or refuse a folder that holds something else."""
     path = out / NOTE
     if path.is_file():
         try:
             found = json.loads(path.read_text())
             same = all(found[key] == value for key, value in note.items())
+            same &= found.get("chips", 0) <= chips and found.get("test_chips", 0) <= test_chips
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path}: cannot be read ({error!r}); remove {out} or choose another folder") from None
         if not same:
-            raise DataError(f"{out}: holds another sample; remove it or choose another folder")
+            raise DataError(f"{out}: holds another or a larger sample; remove it or choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty and no sample; choose another folder")
     write_text(path, json.dumps(note) + "\n")
-
-
-def _put(path: Path, image: np.ndarray) -> None:
-    data = encode(image)
-    if not (path.exists() and path.read_bytes() == data):
-        write_bytes(path, data)

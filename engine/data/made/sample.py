@@ -32,7 +32,7 @@ import numpy as np
 
 from engine.base.errors import ConfigError, DataError
 from engine.data.biomassters import AGBM_IGNORE_ABOVE, BIOMASSTERS, MONTHS, S1_NODATA, SENSORS, T
-from engine.data.made import forest as forest
+from engine.data.made import forest
 from engine.data.metadata import FEATURE_CSVS_ELSEWHERE, same_content
 from engine.data.tiff.checksum import posix_cksum
 from engine.data.tiff.tiff import encode, write_bytes
@@ -53,7 +53,7 @@ S1_ORBIT_MISSING = 0.10  # share of months that lack one orbit in other chips; n
 FEATURE_COLUMNS = ("filename", "chip_id", "satellite", "split", "month", "size", "cksum", "s3path_us",
                    "s3path_eu", "s3path_as", "corresponding_agbm")  # fmt: skip
 LABEL_COLUMNS = ("filename", "chip_id", "size", "cksum", "s3path_us", "s3path_eu", "s3path_as")
-_FIRST_TEST = 1 << 31  # chip number of the first test chip, so that more training chips do not move it
+FIRST_TEST = 1 << 31  # chip number of the first test chip, so that more training chips do not move it
 
 
 class Plan(NamedTuple):
@@ -117,7 +117,7 @@ def make_sample(
                           "others at least 0")
     note: dict[str, Any] = {"version": VERSION, "seed": seed, "chips": chips, "test_chips": test_chips}
     _claim(out, note)
-    jobs = [("train", n) for n in range(chips)] + [("test", _FIRST_TEST + n) for n in range(test_chips)]
+    jobs = [("train", n) for n in range(chips)] + [("test", FIRST_TEST + n) for n in range(test_chips)]
     pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
     try:
         futures = [pool.submit(_make_chip, out, seed, number, split, labelled=split == "train" or test_labels)
@@ -194,11 +194,17 @@ def _make_chip(out: Path, seed: int, number: int, split: str, labelled: bool) ->
     return Made(rows, {"filename": label_name, "chip_id": chip, **file}, scores)
 
 
-def _put(out: Path, folder: str, name: str, image: np.ndarray) -> dict[str, Any]:
-    """Bring one file to `image`; the columns of its CSV row that depend on its bytes and its place."""
-    data, path = encode(image), out / folder / name
+def bring(path: Path, image: np.ndarray) -> bytes:
+    """Make `path` the TIFF of `image`, and return its bytes; it is not touched where it is that already."""
+    data = encode(image)
     if not (path.exists() and path.read_bytes() == data):
         write_bytes(path, data)
+    return data
+
+
+def _put(out: Path, folder: str, name: str, image: np.ndarray) -> dict[str, Any]:
+    """Bring one file to `image`; the columns of its CSV row that depend on its bytes and its place."""
+    data = bring(out / folder / name, image)
     bucket = "s3://drivendata-competition-biomassters-public"
     places = {f"s3path_{region}": f"{bucket}-{region}/{folder}/{name}" for region in ("us", "eu", "as")}
     return {"size": len(data), "cksum": posix_cksum(data), **places}
