@@ -16,6 +16,9 @@ DALI = {
     "cuda110": "nvidia-dali-cuda110>=1.34,<1.51",
 }
 BENCH = ["opencv-python-headless>=4.10"]
+# rasterio 1.5 has no wheel for Python 3.11, rio-cogeo 7 none for 3.10
+SCENE = ["rasterio>=1.4,<1.6", "rio-cogeo>=5.4,<8"]
+STAC = ["pystac>=1.10"]
 DOWNLOAD = ["botocore>=1.36", "urllib3>=1.26"]
 chosen = "cuda" + os.environ.get("DALI_CUDA", "130")
 
@@ -48,10 +51,12 @@ setup(
     extras_require={
         **{extra: [package] for extra, package in DALI.items()},
         "download": DOWNLOAD,  # launch/prepare.py download
-        # moto with flask is a real S3 server for the tests; moto[server] would add 24 packages for other services.
+        "scene": SCENE,  # rasters in, maps out: launch/predict.py --scene, launch/prepare.py cut
+        "stac": [*SCENE, *STAC],  # scenes from a STAC item collection
         "xarray": ["xarray"],
         "bench": BENCH,  # the loader that benchmarks/loader.py compares with
-        "dev": ["xarray", *BENCH, *DOWNLOAD, "moto[s3]>=5", "flask", "flask-cors",
+        # moto with flask is a real S3 server for the tests; moto[server] would add 24 packages for other services.
+        "dev": ["xarray", *BENCH, *DOWNLOAD, *SCENE, *STAC, "moto[s3]>=5", "flask", "flask-cors",
                 "pytest>=8", "pytest-xdist>=3.6", "coverage>=7.10", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14",
                 "types-PyYAML"],
     },
