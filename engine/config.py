@@ -142,7 +142,7 @@ class Train(Section):
 class Validate(Section):
     every: Positive = 1  # epochs; the last one of a phase always
     micro_batch: Positive | None = None  # chips a rank and forward pass; null: as in training
-    tta: list[Literal["id", "h", "v", "hv"]] = ["id"]
+    tta: list[Literal["id", "h", "v", "hv", "t", "r90", "r270", "a", "d4"]] = ["id"]  # engine.inference.chips.VIEWS
 
 
 class Checkpoint(Section):

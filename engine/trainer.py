@@ -41,7 +41,7 @@ from engine.data.plan import draw, training_batches
 from engine.data.selection import quarantine
 from engine.data.selection.chips import select_chips
 from engine.inference import pictures
-from engine.inference.chips import predict_chips
+from engine.inference.chips import chosen_views, predict_chips
 from engine.model import weights
 from engine.model.unet import BiomassUNet
 from engine.run.background import Background
@@ -101,6 +101,7 @@ class Trainer:
         memory = min(of_all(device_memory(device, local_world())))  # all cut alike
         self.sharding = cut(config, self.dataset, world(), rank(), memory)
         self.eval_batch = config.validate_.micro_batch or self.sharding.micro_batch
+        self.eval_views = chosen_views(config.validate_.tta)
         self.stop = StopFlag()
         self.background = Background()
         self.profile = profile or Profile(None, self.folder)
@@ -307,7 +308,7 @@ class Trainer:
         self.engine.eval()
         with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
             table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
-                                  tta=config.validate_.tta, precision=config.train.precision, device=self.device,
+                                  tta=self.eval_views, precision=config.train.precision, device=self.device,
                                   each=shown.add)
         metrics = table.metrics()
         # Chips that were trained on do not choose weights

@@ -20,7 +20,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--split", default="auto", choices=("auto", "train", "test", "all", "validation"),
                         help="validation: what the run in --weights held out; auto: test chips, or all (default)")
-    parser.add_argument("--tta", default="id", help="flips to average over, of id,h,v,hv (default: id)")
+    parser.add_argument("--tta", default="id",
+                        help="flips and turns to average over, of id,h,v,hv,t,r90,r270,a; d4: all (default: id)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     parser.add_argument("--batch", type=int, default=4, help="chips at once (default: 4)")
@@ -39,14 +40,12 @@ def arguments() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from engine.base.distributed import join, rank
     from engine.base.errors import ConfigError
-    from engine.inference.chips import FLIPS
+    from engine.inference.chips import chosen_views
     from engine.inference.predictor import choose_chips, predict
 
-    tta = args.tta.split(",")
-    unknown = [name for name in tta if name not in FLIPS]
-    if unknown or len(set(tta)) < len(tta) or args.batch < 1:
-        raise ConfigError(f"--tta {args.tta} --batch {args.batch}: tta names each of {', '.join(FLIPS)} at most once, "
-                          f"and a batch has at least one chip")
+    if args.batch < 1:
+        raise ConfigError(f"--batch {args.batch}: a batch has at least one chip")
+    tta = chosen_views(args.tta.split(","))
     device = join(args.device)
     chips = choose_chips(args.data, args.split, args.weights)
     metrics = predict(args.weights, chips, args.out, device=device, precision=args.precision, tta=tta,

@@ -13,7 +13,7 @@ import torch
 from engine.base.errors import ConfigError, DataError, DeviceError, WeightsError
 from engine.data.batch import Batch
 from engine.data.dataset import Dataset, Sensor, described
-from engine.inference.chips import FLIPS, predict_batch
+from engine.inference.chips import chosen_views, predict_batch
 from engine.inference.fold import optimize_for_inference
 from engine.model.unet import BiomassUNet
 from engine.model.weights import load_model, read_notes
@@ -26,13 +26,13 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
 
     weights: a run folder, a safetensors file, or the winner's.  images: NumPy, or xarray as `engine.open_chip(…)
     .to_xarray()` gives it (`images` (month, band, y, x)), for which an xarray (y, x) comes back.  dropped [B,T] bool:
-    months that do not take part; None: those of which nothing was seen, static sensors aside.  tta: flips to average
-    over, of id, h, v, hv.  device: "auto", "cpu" or "gpu".  The model is kept until other weights are asked for.
+    months that do not take part; None: those of which nothing was seen, static sensors aside.  tta: views to average
+    over, of `engine.inference.chips.VIEWS`, or d4, all.  device: "auto", "cpu" or "gpu".  The model is kept until other
+    weights are asked for.
     Raises DataError (other bands or months than the weights were trained on, no month left, infinity), WeightsError,
     ConfigError (tta, device), DeviceError (no GPU).
     """
-    if not tta or isinstance(tta, str) or set(tta) - FLIPS.keys():
-        raise ConfigError(f"tta {tta!r}: give a list of one or more of {', '.join(FLIPS)}")
+    views = chosen_views(tta)
     place = _device(device)
     files = [Path(weights), *Path(weights).glob("weights/*")]
     stamp = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
@@ -58,7 +58,7 @@ def predict(weights: str | Path, images: Any, dropped: np.ndarray | None = None,
     scaled[gone] = 0
     unused = torch.empty(0)
     batch = Batch(torch.from_numpy(scaled).to(place), torch.from_numpy(gone), unused, unused, unused, [])
-    return predict_batch(model, batch, tta, "fp32")[:, 0].float().cpu().numpy()
+    return predict_batch(model, batch, views, "fp32")[:, 0].float().cpu().numpy()
 
 
 def _bands(sensor: Sensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

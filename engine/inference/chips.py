@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from engine.base.distributed import rank, world
+from engine.base.errors import ConfigError
 from engine.data.batch import Batch, Request
 from engine.data.index import Chip
 from engine.data.loader import DTYPES, Loader
 from engine.data.plan import Sharding, evaluation_batches
 from engine.inference.metrics import ChipTable
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-# Test-time augmentation: flips of [..., H, W], each its own inverse
-FLIPS: dict[str, tuple[int, ...]] = {"id": (), "h": (-1,), "v": (-2,), "hv": (-2, -1)}
+Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluation_requests(chips: Sequence[Chip], micro_batch: int) -> Iterator[list[Request]]:
@@ -32,27 +31,66 @@ def autocast(device: torch.device, precision: str) -> Any:
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
-@torch.inference_mode()
-def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision: str,
-                  flips_at_once: int = 1) -> torch.Tensor:
-    """Predictions [B, 1, H, W] float32, in the target's unit, averaged over the flips `tta` (keys of FLIPS).
+class View(NamedTuple):
+    """One of the eight ways to lay a square on itself: rows and columns of [..., H, W] exchanged, then a flip."""
 
-    flips_at_once: how many flips share a forward pass, as one larger batch.
+    flip: tuple[int, ...]
+    transposed: bool = False
+
+    def of(self, maps: Tensor) -> Tensor:
+        return (maps.mT if self.transposed else maps).flip(self.flip)
+
+    def undone(self, maps: Tensor) -> Tensor:
+        """`maps`, as `of` left them, upright again."""
+        maps = maps.flip(self.flip)
+        return maps.mT if self.transposed else maps
+
+
+# Test-time augmentation.  h: left and right exchanged; v: top and bottom; hv: both, half a turn; t: mirrored at the
+# diagonal from the upper left, a: at the other; r90, r270: turned counter-clockwise
+VIEWS = {"id": View(()), "h": View((-1,)), "v": View((-2,)), "hv": View((-2, -1)),
+         "t": View((), True), "r90": View((-2,), True), "r270": View((-1,), True), "a": View((-2, -1), True)}
+ALL = "d4"  # the group of all eight
+
+
+def chosen_views(tta: Sequence[str]) -> tuple[str, ...]:
+    """Keys of VIEWS, "d4" written out.  Raises ConfigError for no view, an unknown one, or one that comes twice."""
+    names = [] if isinstance(tta, str) else [name for given in tta for name in (VIEWS if given == ALL else [given])]
+    if not names or set(names) - VIEWS.keys() or len(set(names)) < len(names):
+        raise ConfigError(f"tta {tta!r}: give a list of one or more of {', '.join(VIEWS)}, each once, or {ALL} for "
+                          f"all of them")
+    return tuple(names)
+
+
+@torch.inference_mode()
+def predict_views(forward: Forward, batch: Batch, tta: Sequence[str], precision: str,
+                  at_once: int = 1) -> Iterator[Tensor]:
+    """The prediction [B, 1, H, W] float32, in the target's unit, from each view of `tta` (keys of VIEWS), upright, in
+    their order.
+
+    at_once: how many views share a forward pass, as one larger batch; images are square then.
     """
-    total = torch.zeros((), device=batch.images.device)
-    for first in range(0, len(tta), flips_at_once):
-        flips = [FLIPS[name] for name in tta[first:first + flips_at_once]]
-        images = torch.cat([batch.images.flip(flip) for flip in flips]) if flips != [()] else batch.images
+    for first in range(0, len(tta), at_once):
+        views = [VIEWS[name] for name in tta[first:first + at_once]]
+        images = torch.cat([view.of(batch.images) for view in views]) if views != [VIEWS["id"]] else batch.images
         with autocast(images.device, precision):
-            out = forward(images, batch.dropped.repeat(len(flips), 1))
-        for flip, view in zip(flips, out.float().chunk(len(flips))):
-            total = total + view.flip(flip)
+            out = forward(images, batch.dropped.repeat(len(views), 1))
+        for view, maps in zip(views, out.float().chunk(len(views))):
+            yield view.undone(maps)
+
+
+@torch.inference_mode()
+def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision: str, views_at_once: int = 1) -> Tensor:
+    """The mean of `predict_views`, added in the order of `tta`."""
+    total = torch.zeros((), device=batch.images.device)
+    for prediction in predict_views(forward, batch, tta, precision, views_at_once):
+        total = total + prediction
     return total / len(tta)
 
 
 def predict_chips(forward: Forward, loader: Loader, chips: Sequence[Chip], *, micro_batch: int, tta: Sequence[str],
-                  precision: str, device: torch.device, flips_at_once: int = 1,
-                  each: Callable[[Batch, torch.Tensor], None] | None = None) -> ChipTable:
+                  precision: str, device: torch.device, views_at_once: int = 1,
+                  each: Callable[[Batch, Tensor], None] | None = None) -> ChipTable:
     """Predict every chip once over all ranks; score those that have a label.
 
     `each(batch, prediction)` is called on the rank that has the batch (padding included: see `batch.valid`).
@@ -60,7 +98,7 @@ def predict_chips(forward: Forward, loader: Loader, chips: Sequence[Chip], *, mi
     """
     table = ChipTable(len(chips), device)
     for batch in loader.batches(evaluation_requests(chips, micro_batch)):
-        prediction = predict_batch(forward, batch, tta, precision, flips_at_once)
+        prediction = predict_batch(forward, batch, tta, precision, views_at_once)
         labelled = torch.tensor([chip.label is not None for chip in batch.chips])
         table.update(batch.rows, prediction, batch.label, batch.valid, labelled)
         if each is not None:

@@ -30,6 +30,7 @@ from engine.inference.cudagraphs import Graphed
 from engine.inference.fold import optimize_for_inference
 from engine.model import weights
 
+VIEWS_AT_ONCE = 4  # of a batch in one forward pass, on a GPU
 SCALED_BY = 64  # labels that the scatter's axes are chosen by
 
 
@@ -65,9 +66,10 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
     """Write a map for every chip into `out`, by the name of its label: float32, in the target's unit; where labels
     exist, metrics and pictures as well.
 
-    optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, all flips in one
-    batch; False: with the model as it trains.  compile: its blocks too, which takes minutes at first and pays for
-    thousands of chips.  cuda_graphs: replay `engine.inference.cudagraphs`, which pays for small batches on a GPU.
+    optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, up to
+    VIEWS_AT_ONCE views in one batch; False: with the model as it trains.  compile: its blocks too, which takes minutes
+    at first and pays for thousands of chips.  cuda_graphs: replay `engine.inference.cudagraphs`, which pays for small
+    batches on a GPU.
     Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
     DataError, DeviceError (cuda_graphs without a GPU).
     """
@@ -86,7 +88,7 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
         writer = Writer(out, progress)
         table = predict_chips(forward, loader, chips, micro_batch=batch_size, tta=tta, precision=precision,
                               device=device,
-                              flips_at_once=len(tta) if optimize and device.type == "cuda" else 1, each=writer.add)
+                              views_at_once=VIEWS_AT_ONCE if optimize and device.type == "cuda" else 1, each=writer.add)
         with together():  # all have written before anyone reads
             writer.finish()
     labelled = any(chip.label is not None for chip in chips)

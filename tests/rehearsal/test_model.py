@@ -267,7 +267,7 @@ def test_predicting_by_the_model_for_inference(monkeypatch: pytest.MonkeyPatch) 
         batch = Batch(torch.empty(2, 3, 64, 64, 15, dtype=torch.bfloat16, device=CUDA).permute(0, 1, 4, 2, 3),
                       torch.zeros(2, 3, dtype=torch.bool), torch.empty(2, 64, 64, device=CUDA),
                       torch.zeros(2, dtype=torch.int64, device=CUDA), torch.ones(2, dtype=torch.bool, device=CUDA), [])
-        out = predict_batch(fast, batch, ("id", "h", "v", "hv"), "bf16", flips_at_once=4)
+        out = predict_batch(fast, batch, ("id", "h", "v", "hv"), "bf16", views_at_once=4)
         assert head == [(8, torch.float32)]
         assert out.device == CUDA and out.dtype == torch.float32 and out.shape == (2, 1, 64, 64)
         table = ChipTable(3, CUDA)

@@ -83,7 +83,7 @@ def test_weights_that_do_not_exist_or_fit(command: Command, sample: Path, tmp_pa
 
 def test_bad_options(command: Command, sample: Path, tmp_path: Path) -> None:
     text = message(command("predict", "--weights", tmp_path, "--data", sample, "--out", tmp_path, "--tta", "id,x"))
-    assert "--tta id,x" in text
+    assert "tta ['id', 'x']: give a list of one or more of id, h, v, hv, t, r90, r270, a, each once" in text
     assert "steps=a:b" in message(command("train", "--config", DEMO, "--set", f"data.path={sample}", "--set",
                                           "data.split.folds=4", "--profile", "steps=9:3"))
 
