@@ -18,6 +18,7 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python launch/prepare.py sample --out data/demo --chips $(DEMO_CHIPS) --seed 1
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed launch/train.py --config configs/demo.yaml
+	rm -rf demo
 	$(BIN)/python launch/predict.py --weights runs/demo --data data/demo --split validation --out demo
 	@echo "pictures: demo/scatter.png and demo/pictures/*.png; curves: $(BIN)/tensorboard --logdir runs"
 

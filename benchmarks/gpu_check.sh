@@ -165,7 +165,7 @@ call1() {
   stage recipe-ladder 120 bash -c '"$0" "$@" --batch 16 || "$0" "$@" --batch 8' "$python" benchmarks/model.py \
     --device $device ${dry:+--smoke} --parts training --rungs plain "compiled regions" --n 4 \
     --out "$results/recipe-ladder.jsonl"
-  stage predict 90 "$python" launch/predict.py --weights "$work/runs/recipe" --data "$work/long" --out "$work/maps" \
+  stage predict 90 "$python" launch/predict.py --weights "$work/runs/recipe" --data "$work/long" --out "$work/runs/recipe/maps" \
     --split all --precision $precision --tta id,h,v,hv --batch $batch --pictures 1 --device $device
 }
 
@@ -186,10 +186,10 @@ call2() {
   local out how=()
   for out in eager graphs; do
     stage predict-$out 60 "$python" launch/predict.py --weights "$work/runs/zero0" --data "$work/store" \
-      --out "$work/maps-$out" --split all --precision $precision --batch 4 --pictures 0 --device $device "${how[@]}"
+      --out "$work/runs/zero0/maps-$out" --split all --precision $precision --batch 4 --pictures 0 --device $device "${how[@]}"
     how=("${graphs[@]}")
   done
-  stage graphs-agree 20 "$python" benchmarks/gpu_report.py same "$work"/maps-{eager,graphs}
+  stage graphs-agree 20 "$python" benchmarks/gpu_report.py same "$work"/runs/zero0/maps-{eager,graphs}
   stage launcher 90 "$python" -m deepspeed.launcher.runner --num_gpus 1 launch/train.py --config configs/demo.yaml \
     --restart --set data.path="$work/data" --set data.split.folds=4 --set "phases=[{epochs: 1}]" \
     --set train.device=$device --set run.name=launcher --set run.folder="$work/runs"

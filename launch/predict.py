@@ -1,7 +1,7 @@
 """Predict maps:  python launch/predict.py --weights runs/demo --data DIR --out OUT
 
 Writes a map for each chip, by the name of its label (OUT/{chip}_agbm.tif), float32 in the target's unit, and pictures;
-where labels exist also metrics.json and a scatter.
+where labels exist also metrics.json and a scatter.  The same command again goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     parser.add_argument("--batch", type=int, default=4, help="chips at once (default: 4)")
     parser.add_argument("--pictures", type=int, default=16, help="panels for the first N chips (default: 16)")
+    parser.add_argument("--submission", type=Path, metavar="OUT.tar",
+                        help="also write the challenge's archive: the checked maps of all test chips")
     parser.add_argument("--nodata-months", default="fail", choices=("fail", "mask"),
                         help="months whose files hold no value: an error (default), or left out")
     parser.add_argument("--backbone", help="timm name, where the weights do not tell it")
@@ -42,17 +44,22 @@ def run(args: argparse.Namespace) -> int:
     from engine.base.errors import ConfigError
     from engine.inference.chips import chosen_views
     from engine.inference.predictor import choose_chips, predict
+    from engine.inference.submission import submission
 
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: a batch has at least one chip")
     tta = chosen_views(args.tta.split(","))
     device = join(args.device)
     chips = choose_chips(args.data, args.split, args.weights)
+    archive = submission(args.submission, args.data, chips) if args.submission else None
     metrics = predict(args.weights, chips, args.out, device=device, precision=args.precision, tta=tta,
                       batch_size=args.batch, n_pictures=args.pictures, nodata_months=args.nodata_months,
                       backbone=args.backbone, compile=args.compile, cuda_graphs=args.cuda_graphs)
     if rank() == 0:
         print(f"{len(chips)} maps in {args.out}")
+        if archive is not None:
+            archive.write(args.out)
+            print(f"{len(archive.chips)} of them, all test chips, in {archive.path}")
         for name, value in metrics.items():
             print(f"  {name:14} {value:.4g}")
     return 0

@@ -42,6 +42,13 @@ class Progress:
         elif not self._quiet and time.monotonic() - self._last_line >= self._interval:
             self._line(note)
 
+    def skip(self, count: int) -> None:
+        """Done before: counts as done, and not to the rate."""
+        self.done, self._first = self.done + count, self._first + count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._quiet:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.base.distributed import rank, world
 from engine.base.errors import ConfigError
 from engine.data.batch import Batch, Request
+from engine.data.forms import read_label
 from engine.data.index import Chip
 from engine.data.loader import DTYPES, Loader
 from engine.data.plan import Sharding, evaluation_batches
@@ -90,14 +92,19 @@ def predict_batch(forward: Forward, batch: Batch, tta: Sequence[str], precision:
 
 def predict_chips(forward: Forward, loader: Loader, chips: Sequence[Chip], *, micro_batch: int, tta: Sequence[str],
                   precision: str, device: torch.device, views_at_once: int = 1,
-                  each: Callable[[Batch, Tensor], None] | None = None) -> ChipTable:
+                  each: Callable[[Batch, Tensor], None] | None = None,
+                  made: Callable[[list[Chip]], np.ndarray | None] | None = None) -> ChipTable:
     """Predict every chip once over all ranks; score those that have a label.
 
     `each(batch, prediction)` is called on the rank that has the batch (padding included: see `batch.valid`).
-    Returns the table of all chips, reduced over ranks.
+    `made(chips)`: the maps [N, H, W] float32 of a batch that has been predicted before, which are scored as they are;
+    None where it has not.  Returns the table of all chips, reduced over ranks.
     """
     table = ChipTable(len(chips), device)
-    for batch in loader.batches(evaluation_requests(chips, micro_batch)):
+    asked: Iterable[list[Request]] = evaluation_requests(chips, micro_batch)
+    if made is not None:
+        asked = [requests for requests in asked if not _score_made(table, requests, made)]
+    for batch in loader.batches(asked):
         prediction = predict_batch(forward, batch, tta, precision, views_at_once)
         labelled = torch.tensor([chip.label is not None for chip in batch.chips])
         table.update(batch.rows, prediction, batch.label, batch.valid, labelled)
@@ -105,3 +112,18 @@ def predict_chips(forward: Forward, loader: Loader, chips: Sequence[Chip], *, mi
             each(batch, prediction)
     table.reduce()
     return table
+
+
+def _score_made(table: ChipTable, requests: list[Request],
+                made: Callable[[list[Chip]], np.ndarray | None]) -> bool:
+    """Whether a batch is made, or is nothing but padding."""
+    wanted = [request for request in requests if request.valid]
+    maps = made([request.chip for request in wanted])
+    if maps is None:
+        return False
+    for request, values in zip(wanted, maps):
+        labelled = request.chip.label is not None
+        label = read_label(request.chip) if labelled else np.zeros_like(values)
+        table.update(torch.tensor([request.row]), torch.from_numpy(values)[None, None], torch.from_numpy(label)[None],
+                     torch.tensor([True]), torch.tensor([labelled]))
+    return True

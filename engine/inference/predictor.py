@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,18 +15,19 @@ from engine.base.files import write_text
 from engine.base.progress import Progress
 from engine.config import parse_config
 from engine.data.batch import Batch
-from engine.data.dataset import LABEL_DTYPE, Dataset, described, differences
+from engine.data.dataset import Dataset, described, differences
 from engine.data.forms import open_source, read_label
 from engine.data.index import Chip, open_index
 from engine.data.loader import Loader
 from engine.data.selection.chips import select_chips
 from engine.data.source import Source
 from engine.data.tiff import tiff
-from engine.inference import pictures
-from engine.inference.chips import predict_chips
+from engine.inference import made, pictures
+from engine.inference.chips import evaluation_requests, predict_chips
 from engine.inference.cudagraphs import Graphed
 from engine.inference.fold import optimize_for_inference
 from engine.model import weights
+from engine.run.background import Background
 
 VIEWS_AT_ONCE = 4  # of a batch in one forward pass, on a GPU
 SCALED_BY = 64  # labels that the scatter's axes are chosen by
@@ -64,14 +63,14 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
             readers: Threads = "auto", threads: Threads = "auto", backbone: str | None = None, optimize: bool = True,
             compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
     """Write a map for every chip into `out`, by the name of its label: float32, in the target's unit; where labels
-    exist, metrics and pictures as well.
+    exist, metrics and pictures as well.  Maps that an earlier call with the same arguments has written there stay.
 
     optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, up to
     VIEWS_AT_ONCE views in one batch; False: with the model as it trains.  compile: its blocks too, which takes minutes
     at first and pays for thousands of chips.  cuda_graphs: replay `engine.inference.cudagraphs`, which pays for small
     batches on a GPU.
     Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
-    DataError, DeviceError (cuda_graphs without a GPU).
+    DataError (also where `out` holds other maps), DeviceError (cuda_graphs without a GPU).
     """
     backend = "gpu" if device.type == "cuda" else "cpu"
     with together():
@@ -81,14 +80,19 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
             model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
         forward = Graphed(model) if cuda_graphs else model
         source = open_source(chips, nodata_months=nodata_months, backend=backend)
+        options = {"tta": list(tta), "precision": precision, "batch": batch_size, "device": backend,
+                   "nodata_months": nodata_months, "backbone": backbone, "optimize": optimize, "compile": compile,
+                   "cuda_graphs": cuda_graphs}
+        goes_on = rank() == 0 and made.claim(out, made.description(weights_path, chips, source, options))
         loader = Loader(source, batch_size=batch_size, device=device, backend=backend, precision=precision, warp=False,
                         readers=share_of_host(readers), threads=share_of_host(threads))
-        out.mkdir(parents=True, exist_ok=True)
-    with Progress("predicting", len(chips), "chip", quiet=rank() != 0) as progress:
-        writer = Writer(out, progress)
+    share = sum(request.valid for requests in evaluation_requests(chips, batch_size) for request in requests)
+    with Progress("predicting", share, "chip", quiet=rank() != 0) as progress, Writer(out, progress) as writer:
+        if goes_on:
+            progress.say(f"{out}: goes on; maps that are there and whole stay")
         table = predict_chips(forward, loader, chips, micro_batch=batch_size, tta=tta, precision=precision,
-                              device=device,
-                              views_at_once=VIEWS_AT_ONCE if optimize and device.type == "cuda" else 1, each=writer.add)
+                              device=device, views_at_once=VIEWS_AT_ONCE if optimize and backend == "gpu" else 1,
+                              each=writer.add, made=writer.written)
         with together():  # all have written before anyone reads
             writer.finish()
     labelled = any(chip.label is not None for chip in chips)
@@ -109,11 +113,24 @@ def _fit(trained: Dataset, chip: Chip, path: Path) -> None:
 
 
 class Writer:
-    """Writes a batch's maps while the device already works on the next one."""
+    """Writes a batch's maps on a thread of its own, beside the device and the next batches."""
 
     def __init__(self, out: Path, progress: Progress):
         self._out, self._progress = out, progress
-        self._waiting: deque[_Pending] = deque()
+        self._background = Background()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.close()
+
+    def written(self, chips: Sequence[Chip]) -> np.ndarray | None:
+        """The maps [N, H, W] of `chips` where all of them were written by an earlier call."""
+        maps = made.whole_maps(self._out, chips)
+        if maps is not None:
+            self._progress.skip(len(maps))
+        return maps
 
     def add(self, batch: Batch, prediction: torch.Tensor) -> None:
         maps, valid = (tensor.to("cpu", non_blocking=True) for tensor in (prediction[:, 0], batch.valid))
@@ -121,28 +138,19 @@ class Writer:
         if prediction.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()  # behind both copies
-        self._waiting.append(_Pending(batch.chips, maps, valid, done))
-        if len(self._waiting) > 1:
-            self._write(self._waiting.popleft())
+        self._background.do(self._write, batch.chips, maps, valid, done)
 
     def finish(self) -> None:
-        while self._waiting:
-            self._write(self._waiting.popleft())
+        """Wait until all is written.  Raises DataError where something could not be, as the next `add` would."""
+        self._background.finish()
 
-    def _write(self, pending: _Pending) -> None:
-        if pending.done is not None:
-            pending.done.synchronize()
-        for chip, values, valid in zip(pending.chips, pending.maps.numpy(), pending.valid.tolist()):
-            if valid:
+    def _write(self, chips: list[Chip], maps: torch.Tensor, valid: torch.Tensor, done: torch.cuda.Event | None) -> None:
+        if done is not None:
+            done.synchronize()
+        for chip, values, wanted in zip(chips, maps.numpy(), valid.tolist()):
+            if wanted:
                 tiff.write_map(_place(self._out, chip), values)
                 self._progress.advance()
-
-
-class _Pending(NamedTuple):
-    chips: list[Chip]
-    maps: torch.Tensor  # [B, H, W]
-    valid: torch.Tensor  # [B]
-    done: torch.cuda.Event | None
 
 
 def _write_metrics(path: Path, metrics: dict[str, float], per_chip: np.ndarray, chips: Sequence[Chip],
@@ -173,10 +181,8 @@ def _draw(out: Path, chips: Sequence[Chip], source: Source, n_pictures: int, met
 
 
 def _place(out: Path, chip: Chip) -> Path:
-    return out / chip.dataset.label_name(chip.id)
+    return made.map_path(out, chip.dataset, chip.id)
 
 
 def _read_map(out: Path, chip: Chip) -> np.ndarray:
-    values = np.empty((chip.dataset.tile, chip.dataset.tile), LABEL_DTYPE)
-    tiff.read_into(_place(out, chip), values)
-    return values
+    return made.read_map(_place(out, chip), chip.dataset)

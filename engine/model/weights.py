@@ -60,7 +60,7 @@ def read_weights(path: str | Path, backbone: str | None = None) -> tuple[dict[st
     kinds, told by content.  backbone: overrides what the file says, and is needed where no timm model fits.
     Raises WeightsError: a file that is missing, damaged or of another model.
     """
-    file = _weights_file(Path(path))
+    file = weights_file(Path(path))
     state, about = read_tensors(file)
     if "segmentation_head.weight" not in state or not any(name.startswith(ENCODER) for name in state):
         raise WeightsError(f"{file}: not the weights of a BiomassUNet (first tensors: {', '.join(list(state)[:3])}); "
@@ -70,7 +70,7 @@ def read_weights(path: str | Path, backbone: str | None = None) -> tuple[dict[st
 
 def read_notes(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file (or a run folder's); empty for the winner's kinds.  Raises WeightsError."""
-    file = _weights_file(Path(path))
+    file = weights_file(Path(path))
     return read_metadata(file)
 
 
@@ -91,7 +91,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> N
     model.load_state_dict(state)
 
 
-def _weights_file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     for name in RUN_FILES:

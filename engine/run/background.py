@@ -1,4 +1,4 @@
-"""Work of rank 0 that nobody has to wait for: weights written and pictures drawn beside training."""
+"""Work that nobody has to wait for: weights written and pictures drawn beside training, maps beside prediction."""
 
 from __future__ import annotations
 
