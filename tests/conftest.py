@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import socket
@@ -31,6 +32,21 @@ TINY = ["--set", "model.backbone=tf_mobilenetv3_small_minimal_100", "--set", "mo
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: a worker a core that this process may use, at most 8: one took 3 GB, beside the runs it starts."""
     return min(len(os.sched_getaffinity(0)), 8)
+
+
+SCENES = importlib.util.find_spec("rasterio") is not None
+
+
+def pytest_report_header() -> str:
+    return "" if SCENES else "without rasterio: tests of scenes are left out"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where the extra `scene` is not installed, as on a borrowed GPU machine."""
+    if SCENES or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text()
+    return True if any(word in text for word in ("rasterio", "engine.data.scene", "tests.scenes")) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

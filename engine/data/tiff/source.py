@@ -13,7 +13,7 @@ import numpy as np
 from engine.base.errors import DataError
 from engine.data.dataset import Dataset, Sensor
 from engine.data.index import Chip
-from engine.data.source import UPRIGHT, Cache, Stack, Turn, empty_stack, fill, present_months
+from engine.data.source import ALL_NODATA, UPRIGHT, Cache, Stack, Turn, empty_stack, fill, present_months
 from engine.data.store.chip_file import EXACT
 from engine.data.tiff import tiff
 
@@ -22,13 +22,15 @@ class TiffSource:
     """The TIFF tree as downloaded.
 
     `nodata_months`: what to do with a step whose files hold no value at all: "fail", or "mask" it like a step without
-    files.
+    files.  `need_target`: a label that is nodata throughout is an error.
     """
 
     form, values = "stack", EXACT
 
-    def __init__(self, dataset: Dataset, nodata_months: str = "fail", cache_gb: float = 0.0):
+    def __init__(self, dataset: Dataset, nodata_months: str = "fail", cache_gb: float = 0.0,
+                 need_target: bool = False):
         self.dataset, self.nodata_months = dataset, nodata_months
+        self._need_target = need_target
         self._cache = Cache(cache_gb)
         self._moving = [number for number, sensor in enumerate(dataset.sensors) if not sensor.static]
         self._static = [number for number, sensor in enumerate(dataset.sensors) if sensor.static]
@@ -60,6 +62,9 @@ class TiffSource:
             self._load(chip.label, label, turn, np.dtype(self.dataset.target.dtype))
             if not np.isfinite(label).all():
                 raise DataError(f"{chip.label}: the label holds NaN or infinity; download it again or remove the chip")
+            self.dataset.target.hide_nodata(label)
+            if self._need_target and np.isnan(label).all():
+                raise DataError(f"{chip.label}: {ALL_NODATA}")
         return Stack(self.dataset, tuple(images[:k] for images in into.images), into.label, np.array(months))
 
     def _read_month(self, chip: Chip, month: int, into: Stack, slot: int, turn: Turn) -> bool:

@@ -282,6 +282,15 @@ def encode(array: np.ndarray, rows_per_strip: int | None = None) -> bytes:
     at least one row: 2 rows of Sentinel-1, 1 of Sentinel-2, 8 of biomass.  Raises DataError where the file
     would pass 4 GiB, the reach of classic TIFF.
     """
+    return _head(array, rows_per_strip) + _pixels(array).tobytes()
+
+
+def _pixels(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+
+
+def _head(array: np.ndarray, rows_per_strip: int | None) -> bytes:
+    """All bytes before the pixels."""
     if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in _KINDS.values():
         raise ValueError(f"no TIFF for an array {array.shape} of {array.dtype}")
     length, width, *rest = array.shape
@@ -299,7 +308,7 @@ def encode(array: np.ndarray, rows_per_strip: int | None = None) -> bytes:
     header = _header(values)
     if len(header) + array.nbytes > 0xFFFFFFFF:
         raise DataError(f"{array.nbytes} bytes of pixels pass the 4 GiB of classic TIFF; write it in parts")
-    return header + array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return header
 
 
 def _header(values: dict[int, list[int]]) -> bytes:
@@ -321,18 +330,19 @@ def _header(values: dict[int, list[int]]) -> bytes:
 
 
 def write(path: Path | str, array: np.ndarray, rows_per_strip: int | None = None) -> None:
-    """Write `encode(array, rows_per_strip)` to `path`, whole or not at all.
+    """Write `encode(array, rows_per_strip)` to `path`, whole or not at all, and without a copy of the pixels.
 
     Raises DataError, naming the file, where it cannot be written.
     """
-    write_bytes(path, encode(array, rows_per_strip))
+    write_bytes(path, _head(array, rows_per_strip), _pixels(array).reshape(-1).view(np.uint8).data)
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
+def write_bytes(path: Path | str, *parts: bytes | memoryview) -> None:
     """Write a file whole or not at all; a full disk or a read-only folder is a DataError naming the file."""
     try:
         with atomic_write(path) as handle:
-            handle.write(data)
+            for part in parts:
+                handle.write(part)
     except OSError as error:
         reason = error.strerror
         raise DataError(f"{path}: cannot be written ({reason}); make room or write elsewhere") from None
