@@ -16,13 +16,12 @@ import numpy as np
 
 from engine.base.errors import DataError
 from engine.base.files import write_text
+from engine.base.made import FILE, differences
 from engine.data.dataset import LABEL_DTYPE, Dataset
 from engine.data.index import Chip
 from engine.data.source import Source
 from engine.data.tiff import tiff
 from engine.model.weights import weights_file
-
-FILE = "made.json"
 
 
 def description(weights: Path, chips: Sequence[Chip], source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,21 +66,13 @@ def claim(out: Path, about: Mapping[str, Any]) -> bool:
 def _compare(out: Path, about: Mapping[str, Any]) -> None:
     remedy = "give another --out, or remove the folder"
     try:
-        was = json.loads((out / FILE).read_text())
-        keys = [*about, *(key for key in was if key not in about)]
-        changed = [f"{key} {_short(about.get(key))} instead of {_short(was.get(key))}" for key in keys
-                   if was.get(key) != about.get(key)]
+        changed = list(differences(dict(json.loads((out / FILE).read_text()).items()), dict(about)))
     except FileNotFoundError:
         raise DataError(f"{out}: holds TIFFs, and no {FILE} says what made them; {remedy}") from None
     except (ValueError, AttributeError, TypeError):
         raise DataError(f"{out / FILE}: is damaged, so nothing says what made the maps here; {remedy}") from None
     if changed:
         raise DataError(f"{out}: holds maps that were made otherwise: {'; '.join(changed)}; {remedy}")
-
-
-def _short(value: Any) -> str:
-    """Of a checksum the first characters are enough."""
-    return value[:12] if isinstance(value, str) else json.dumps(value)
 
 
 def map_path(out: Path, dataset: Dataset, chip: str) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from engine.base.distributed import Threads, rank, share_of_host, together
+from engine.base.distributed import Threads, own_cores, rank, share_of_host, together
 from engine.base.errors import DataError
 from engine.base.files import write_text
 from engine.base.progress import Progress
@@ -23,9 +25,10 @@ from engine.data.selection.chips import select_chips
 from engine.data.source import Source
 from engine.data.tiff import tiff
 from engine.inference import made, pictures
-from engine.inference.chips import evaluation_requests, predict_chips
+from engine.inference.chips import Forward, evaluation_requests, predict_chips
 from engine.inference.cudagraphs import Graphed
 from engine.inference.fold import optimize_for_inference
+from engine.inference.one_by_one import OneByOne, samples_at_once
 from engine.model import weights
 from engine.run.background import Background
 
@@ -59,28 +62,33 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
 
 
 def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: torch.device, precision: str = "fp32",
-            tta: Sequence[str] = ("id",), batch_size: int = 4, n_pictures: int = 16, nodata_months: str = "fail",
-            readers: Threads = "auto", threads: Threads = "auto", backbone: str | None = None, optimize: bool = True,
-            compile: bool = False, cuda_graphs: bool = False) -> dict[str, float]:
+            tta: Sequence[str] = ("id",), batch_size: int | None = None, n_pictures: int = 16,
+            nodata_months: str = "fail", readers: Threads = "auto", threads: Threads = "auto",
+            backbone: str | None = None, optimize: bool = True, compile: bool = False,
+            cuda_graphs: bool = False) -> dict[str, float]:
     """Write a map for every chip into `out`, by the name of its label: float32, in the target's unit; where labels
     exist, metrics and pictures as well.  Maps that an earlier call with the same arguments has written there stay.
 
     optimize: predict with `engine.inference.fold.optimize_for_inference` of the model and, on a GPU, up to
-    VIEWS_AT_ONCE views in one batch; False: with the model as it trains.  compile: its blocks too, which takes minutes
-    at first and pays for thousands of chips.  cuda_graphs: replay `engine.inference.cudagraphs`, which pays for small
-    batches on a GPU.
-    Returns the metrics, empty without labels.  Under a launcher, ranks share the chips.  Raises WeightsError,
-    DataError (also where `out` holds other maps), DeviceError (cuda_graphs without a GPU).
+    VIEWS_AT_ONCE views in one batch, on a CPU one chip a core (`engine.inference.one_by_one`); False: with the model as
+    it trains.  compile: its blocks too, which takes minutes at first and pays for thousands of chips.  cuda_graphs:
+    replay `engine.inference.cudagraphs`, which pays for small batches on a GPU.
+    Returns the metrics, empty where no label holds a pixel of target.  Under a launcher, ranks share the chips.  Raises
+    WeightsError, DataError (also where `out` holds other maps), DeviceError (cuda_graphs without a GPU).
     """
     backend = "gpu" if device.type == "cuda" else "cpu"
+    batch_size = batch_size or samples_at_once(device)
+    alone = optimize and backend == "cpu" and not compile  # what else is in its batch does not change a map
     with together():
         model = weights.load_model(weights_path, device, backbone).eval()
         _fit(described(weights.read_notes(weights_path), str(weights_path)), chips[0], weights_path)
         if optimize:
             model = optimize_for_inference(model, "bf16" if precision == "bf16" else "fp32", compile)
-        forward = Graphed(model) if cuda_graphs else model
+        forward: Forward = Graphed(model) if cuda_graphs else model
+        if alone:
+            forward = OneByOne(forward, own_cores())
         source = open_source(chips, nodata_months=nodata_months, backend=backend)
-        options = {"tta": list(tta), "precision": precision, "batch": batch_size, "device": backend,
+        options = {"tta": list(tta), "precision": precision, "batch": None if alone else batch_size, "device": backend,
                    "nodata_months": nodata_months, "backbone": backbone, "optimize": optimize, "compile": compile,
                    "cuda_graphs": cuda_graphs}
         goes_on = rank() == 0 and made.claim(out, made.description(weights_path, chips, source, options))
@@ -95,11 +103,11 @@ def predict(weights_path: Path, chips: Sequence[Chip], out: Path, *, device: tor
                               each=writer.add, made=writer.written)
         with together():  # all have written before anyone reads
             writer.finish()
-    labelled = any(chip.label is not None for chip in chips)
-    metrics = table.metrics() if labelled else {}
+    per_chip = table.per_chip()
+    metrics = table.metrics() if len(per_chip) else {}
     if rank() == 0:
-        if labelled:
-            _write_metrics(out / "metrics.json", metrics, table.per_chip(), chips, tta, precision)
+        if metrics:
+            _write_metrics(out / "metrics.json", metrics, per_chip, chips, tta, precision)
         _draw(out, chips, source, n_pictures, metrics)
     return metrics
 
@@ -113,10 +121,11 @@ def _fit(trained: Dataset, chip: Chip, path: Path) -> None:
 
 
 class Writer:
-    """Writes a batch's maps on a thread of its own, beside the device and the next batches."""
+    """Writes a batch's maps while the device already works on the next one, on a thread of its own."""
 
     def __init__(self, out: Path, progress: Progress):
         self._out, self._progress = out, progress
+        self._waiting: deque[_Pending] = deque()
         self._background = Background()
 
     def __enter__(self) -> Writer:
@@ -138,19 +147,33 @@ class Writer:
         if prediction.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()  # behind both copies
-        self._background.do(self._write, batch.chips, maps, valid, done)
+        self._waiting.append(_Pending(batch.chips, maps, valid, done))
+        if len(self._waiting) > 1:
+            self._write(self._waiting.popleft())
 
     def finish(self) -> None:
-        """Wait until all is written.  Raises DataError where something could not be, as the next `add` would."""
+        """Wait until all is written.  Raises DataError where something could not be, as a later `add` would."""
+        while self._waiting:
+            self._write(self._waiting.popleft())
         self._background.finish()
 
-    def _write(self, chips: list[Chip], maps: torch.Tensor, valid: torch.Tensor, done: torch.cuda.Event | None) -> None:
-        if done is not None:
-            done.synchronize()
-        for chip, values, wanted in zip(chips, maps.numpy(), valid.tolist()):
+    def _write(self, pending: _Pending) -> None:
+        if pending.done is not None:
+            pending.done.synchronize()
+        self._background.do(self._files, pending.chips, pending.maps.numpy(), pending.valid.tolist())
+
+    def _files(self, chips: list[Chip], maps: np.ndarray, valid: list[bool]) -> None:
+        for chip, values, wanted in zip(chips, maps, valid):
             if wanted:
                 tiff.write_map(_place(self._out, chip), values)
                 self._progress.advance()
+
+
+class _Pending(NamedTuple):
+    chips: list[Chip]
+    maps: torch.Tensor  # [B, H, W]
+    valid: torch.Tensor  # [B]
+    done: torch.cuda.Event | None
 
 
 def _write_metrics(path: Path, metrics: dict[str, float], per_chip: np.ndarray, chips: Sequence[Chip],
@@ -164,12 +187,13 @@ def _write_metrics(path: Path, metrics: dict[str, float], per_chip: np.ndarray, 
 def _draw(out: Path, chips: Sequence[Chip], source: Source, n_pictures: int, metrics: dict[str, float]) -> None:
     """Panels of the first chips, and one scatter over all that have a label; read back from the maps written."""
     labelled = [chip for chip in chips if chip.label is not None]
-    truths = [read_label(chip) for chip in labelled[:SCALED_BY]]
-    scatter = pictures.Scatter(chips[0].dataset.target, max((float(np.percentile(x, 99.9)) for x in truths), default=1))
+    some = [label for label in (read_label(chip) for chip in labelled[:SCALED_BY]) if not np.isnan(label).all()]
+    ends = [(float(np.nanpercentile(x, 0.1)), float(np.nanpercentile(x, 99.9))) for x in some] or [(0.0, 1.0)]
+    scatter = pictures.Scatter(chips[0].dataset.target, max(top for _, top in ends), min(low for low, _ in ends))
     for chip in labelled:
         scatter.add(_read_map(out, chip), read_label(chip))
-    if labelled:
-        lines = [f"{len(labelled)} chips", f"RMSE {metrics['rmse_per_chip']:.2f} (mean over chips)",
+    if metrics:
+        lines = [f"{metrics['n_chips']} chips", f"RMSE {metrics['rmse_per_chip']:.2f} (mean over chips)",
                  f"RMSE {metrics['rmse_pooled']:.2f} (pooled)",
                  f"predicting the mean {metrics['rmse_of_mean']:.2f}", f"R² {metrics['r2']:.3f}"]
         pictures.save(scatter.figure(lines), out / "scatter.png")

@@ -7,6 +7,7 @@ A safetensors file made here says in its metadata, under `architecture`, which m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -72,6 +73,16 @@ def read_notes(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file (or a run folder's); empty for the winner's kinds.  Raises WeightsError."""
     file = weights_file(Path(path))
     return read_metadata(file)
+
+
+def identify(path: str | Path) -> dict[str, str]:
+    """Which weights these are: `path`, and the `sha256` of their file.  Raises WeightsError where there is none."""
+    file = weights_file(Path(path))
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot be read ({error.strerror}); give a run folder or a weights file") from None
+    return {"path": str(path), "sha256": digest}
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

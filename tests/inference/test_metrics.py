@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.base.errors import DataError
-from engine.inference.metrics import ChipTable, chip_sums, halving_sum
+from engine.inference.metrics import ChipTable, chip_sums, halving_sum, per_chip_rmse
 
 SIDE = 24
 
@@ -155,6 +155,46 @@ def test_unlabelled_chips_are_seen_but_not_scored() -> None:
     nothing.reduce()
     with pytest.raises(DataError, match="no chip of the evaluation set has a label"):
         nothing.metrics()
+
+
+def test_only_pixels_with_a_target_count() -> None:
+    pred, target = chips(5)
+    hole = torch.tensor(np.random.default_rng(1).random(target.shape) < 0.3)
+    hole[3] = True
+    pred[:, 0][hole] = math.inf  # whatever is predicted there
+    got = filled(pred, target.masked_fill(hole, math.nan), [[[3, 1, 2], [0]], [[4]]])
+    kept = [(p[0][~h].double().numpy(), t[~h].double().numpy()) for p, t, h in zip(pred, target, hole) if not h.all()]
+    errors, everything = [p - t for p, t in kept], np.concatenate([t for _, t in kept])
+    error, mean = np.concatenate(errors), everything.mean()
+    assert got.metrics() == pytest.approx({
+        "rmse_per_chip": np.mean([np.sqrt(np.mean(e ** 2)) for e in errors]),
+        "rmse_pooled": np.sqrt(np.mean(error ** 2)),
+        "rmse_of_mean": np.mean([np.sqrt(np.mean((t - mean) ** 2)) for _, t in kept]),
+        "mae": np.mean(np.abs(error)),
+        "r2": 1 - np.sum(error ** 2) / np.sum((everything - mean) ** 2),
+        "bias": np.mean(error),
+        "n_chips": 4,
+    }, rel=1e-12)
+    assert list(got.per_chip()["row"]) == [0, 1, 2, 4]
+    np.testing.assert_allclose(got.per_chip()["mean_label"], [t.mean() for _, t in kept], rtol=1e-13)
+    each = per_chip_rmse(pred[:, 0], target.masked_fill(hole, math.nan))
+    np.testing.assert_allclose(each[[0, 1, 2, 4]], got.per_chip()["rmse"], rtol=0)
+    assert np.isnan(each[3])
+
+    nothing = filled(pred[:1], torch.full_like(target[:1], math.nan), [[[0]]])
+    with pytest.raises(DataError, match="no chip of the evaluation set has a label with a pixel of target"):
+        nothing.metrics()
+
+
+def test_sums_of_whole_labels_keep_their_bits() -> None:
+    """As they were before a label could have holes: no mask, no change."""
+    pred, target = (x.flatten(1).double() for x in chips(4, seed=3, side=37))
+    error, pixels = pred - target, torch.full((4,), 37.0 ** 2, dtype=torch.float64)
+    label = halving_sum(target)
+    spread = halving_sum((target - (label / pixels)[:, None]).square())
+    plain = torch.stack([pixels, halving_sum(error), halving_sum(error.square()), halving_sum(error.abs()), label,
+                         spread], 1)
+    assert torch.equal(chip_sums(*(x.view(4, 37, 37) for x in (pred, target))), plain)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

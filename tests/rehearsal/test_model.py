@@ -119,13 +119,14 @@ class Late(Writer):
 @pytest.mark.parametrize("writer", [Writer, Late])
 def test_maps_are_written_when_they_have_arrived(sample: Path, tmp_path: Path, writer: type[Writer]) -> None:
     chips = open_index(sample).split("train")[:3]
-    with Device(late=True) as device, Progress("", 3, "map", quiet=True) as progress:
-        ours = writer(tmp_path, progress)
+    with (Device(late=True) as device, Progress("", 3, "map", quiet=True) as progress,
+          writer(tmp_path, progress) as ours):
         for n, chip in enumerate(chips):
             maps = torch.full((1, 1, TILE, TILE), float(n)).pin_memory().to("cuda", non_blocking=True)
             valid = torch.tensor([True]).pin_memory().to("cuda", non_blocking=True)
             ours.add(Batch(maps, None, None, None, valid, [chip]), maps + 1)  # type: ignore[arg-type]
             del maps, valid
+            ours._background.finish()
             written = list(tmp_path.iterdir())
             if writer is Late:
                 assert not written  # `valid` was not there yet, and nor was a map

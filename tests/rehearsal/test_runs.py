@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import rasterio
 import tifffile
 import torch
 
 from engine.data.index import open_index
+from engine.inference.landscape.mapper import Options, predict_scene
 from engine.inference.predictor import predict
 from engine.model.unet import BiomassUNet
 from engine.model.weights import save_weights
 from tests.conftest import ROOT, TINY, environment
 from tests.hosts import history, started
 from tests.rehearsal.state import PEAK
+from tests.scenes import make_scene, write_weights
 
 pytestmark = pytest.mark.slow
 
@@ -43,11 +46,14 @@ class Runs(NamedTuple):
     maps: Path
     maps_report: dict[str, Any]
     weights: Path
+    scene: Path
+    landscape: Path  # the map of it
+    landscape_report: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def runs(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Both commands "on a GPU", beside the training on the CPU."""
+    """Training and predicting "on a GPU", beside the training on the CPU."""
     folder = tmp_path_factory.mktemp("rehearsed")
     (folder / "recipe.yaml").write_text(RECIPE.format(data=sample, folder=folder))
     torch.manual_seed(0)
@@ -58,10 +64,14 @@ def runs(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "train": [*train, "--set", "train.device=gpu", "--set", "run.name=gpu", "--profile", "steps=2:3"],
         "predict": ["--weights", folder / "w.safetensors", "--data", sample, "--split", "test", "--out",
                     folder / "maps", "--device", "gpu", "--batch", 1, "--pictures", 0, "--cuda-graphs"]}
+    scene = make_scene(folder / "scene", 100, 130)
+    commands["scene"] = ["--weights", write_weights(folder / "scene.safetensors"), "--scene", scene, "--out",
+                         folder / "map.tif", "--device", "gpu", "--batch", 2, "--tta", "id,r90", "--overlap", 32]
     env = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}  # found, as on a GPU
-    rehearsed = [subprocess.Popen([sys.executable, "-m", "tests.rehearsal.run", folder / f"{name}.json", name,
-                                   *map(str, words)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT) for name, words in commands.items()]
+    rehearsed = [subprocess.Popen([sys.executable, "-m", "tests.rehearsal.run", folder / f"{name}.json",
+                                   "predict" if name == "scene" else name, *map(str, words)], cwd=ROOT, env=env,
+                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                 for name, words in commands.items()]
     try:
         with started(folder / "log", "train", *train, "--set", "train.device=cpu", "--set", "run.name=cpu",
                      variables=[{}]) as [rank]:
@@ -73,7 +83,8 @@ def runs(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for run in rehearsed:
             run.kill()
     reports = [json.loads((folder / f"{name}.json").read_text()) for name in commands]
-    return Runs(folder / "gpu", folder / "cpu", reports[0], folder / "maps", reports[1], folder / "w.safetensors")
+    return Runs(folder / "gpu", folder / "cpu", reports[0], folder / "maps", reports[1], folder / "w.safetensors",
+                scene, folder / "map.tif", reports[2])
 
 
 def test_a_run_on_a_gpu_trains_as_on_the_cpu(runs: Runs) -> None:
@@ -92,7 +103,7 @@ def test_a_step_never_waits_for_the_device(runs: Runs) -> None:
 
 
 def test_everything_is_asked_of_the_gpu(runs: Runs) -> None:
-    for report in (runs.report, runs.maps_report):
+    for report in (runs.report, runs.maps_report, runs.landscape_report):
         assert (report["backend"], report["device_id"]) == ("nccl", "cuda:0")
         assert report["accelerator"] == "CUDA_Accelerator"
     assert runs.report["devices"] == ["cuda:0"]
@@ -120,3 +131,12 @@ def test_predicting_on_a_gpu_gives_the_maps_of_the_cpu(runs: Runs, sample: Path,
         one, other = (tifffile.imread(folder / f"{chip.id}_agbm.tif") for folder in (runs.maps, tmp_path))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
     assert sum(call.startswith("capture") for call in runs.maps_report["calls"]) == 1  # both keep all months
+
+
+def test_a_landscape_on_a_gpu_is_that_of_the_cpu(runs: Runs, tmp_path: Path) -> None:
+    """Where windows, and two views of each, share a forward pass."""
+    predict_scene([runs.landscape.with_name("scene.safetensors")], runs.scene, tmp_path / "map.tif",
+                  Options(tta=("id", "r90"), overlap=32), device=torch.device("cpu"))
+    one, other = (rasterio.open(path).read(1) for path in (runs.landscape, tmp_path / "map.tif"))
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=0.05)
+    assert np.ptp(other[other > -9999]) > 20 and (other == -9999).any()
