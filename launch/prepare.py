@@ -1,10 +1,12 @@
-"""Prepare data:  python launch/prepare.py sample|download|verify|pack|inspect|splits …
+"""Prepare data:  python launch/prepare.py sample|sample-scene|download|verify|pack|cut|inspect|splits …
 
   sample   make data in the original layout, to try things out
+  sample-scene  make a georeferenced scene of any size, for maps
   download fetch the challenge's files from its public S3 buckets
   verify   compare every file with its published size and checksum, or a packed store with its own
   pack     store chips compressed, one file each, for training at full speed
-  inspect  show a chip of either form
+  cut      make chips of a scene and a raster of its target, with folds of whole blocks of land
+  inspect  show a chip of either form, or a scene
   splits   publish folds as a JSON file for data.split.path
 """
 
@@ -32,6 +34,13 @@ def arguments() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--dataset", default="biomassters", help="its description: built-in, or a .yaml file")
     sample.set_defaults(run=run_sample)
+
+    scene = commands.add_parser("sample-scene", help="make a georeferenced scene of any size, for maps")
+    scene.add_argument("--out", required=True, type=Path, help="its folder: scene.yaml, rasters/, target.tif")
+    scene.add_argument("--size", type=int, default=1024, help="pixels a side (default: 1024)")
+    scene.add_argument("--seed", type=int, default=0)
+    scene.add_argument("--dataset", default="biomassters", help="its description: built-in, or a .yaml file")
+    scene.set_defaults(run=run_sample_scene)
 
     verify = commands.add_parser("verify", help="compare files with the metadata CSVs, or a store with itself")
     verify.add_argument("--data", required=True, type=Path)
@@ -63,9 +72,31 @@ def arguments() -> argparse.ArgumentParser:
     pack.add_argument("--dataset", default="biomassters", help=DATASET)
     pack.set_defaults(run=run_pack)
 
-    inspect = commands.add_parser("inspect", help="show a chip of a TIFF tree or a store")
-    inspect.add_argument("--data", required=True, type=Path)
-    inspect.add_argument("--chip", required=True, help="its id")
+    cut = commands.add_parser("cut", help="make chips of a scene and a raster of its target")
+    cut.add_argument("--scene", required=True, type=Path, help="its YAML file, or a folder of rasters")
+    cut.add_argument("--target", required=True, type=Path, help="a raster of one band; warped where it lies otherwise")
+    cut.add_argument("--out", required=True, type=Path, help="folder of the chips")
+    cut.add_argument("--store", action="store_true", help="packed chips instead of TIFFs")
+    cut.add_argument("--lossless", action="store_true", help="with --store: as for pack")
+    cut.add_argument("--stride", type=int, metavar="PIXELS", help="from a chip to the next (default: a chip's side)")
+    cut.add_argument("--block", type=float, metavar="METRES",
+                     help="side of the blocks that go to one fold as a whole (default: two chips)")
+    cut.add_argument("--folds", type=int, default=4)
+    cut.add_argument("--min-valid", type=float, default=0.5, metavar="SHARE",
+                     help="of a chip's pixels that have a target, and of those that have any image (default: 0.5)")
+    cut.add_argument("--balance", type=int, metavar="CHIPS",
+                     help="at most so many in each tenth of the range of their mean targets (default: all)")
+    cut.add_argument("--seed", type=int, default=0)
+    cut.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8),
+                     help="threads (default: one a core, at most 8)")
+    cut.add_argument("--dataset", default="biomassters", help="description of a scene that names none")
+    cut.set_defaults(run=run_cut)
+
+    inspect = commands.add_parser("inspect", help="show a chip of a TIFF tree or a store, or a scene")
+    what = inspect.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="the TIFF tree, or the store")
+    what.add_argument("--scene", type=Path, help="a scene's YAML file, or a folder of rasters")
+    inspect.add_argument("--chip", help="with --data: its id")
     inspect.add_argument("--out", type=Path, help="also draw it into this .png file")
     inspect.add_argument("--dataset", default="biomassters", help=DATASET)
     inspect.set_defaults(run=run_inspect)
@@ -104,6 +135,23 @@ def run_sample(args: argparse.Namespace) -> int:
     best, mean = (made[key]["all"]["per_chip"] for key in ("rmse_floor", "rmse_of_mean"))
     print(f"{args.chips + args.test_chips} chips in {args.out}; RMSE of the best predictor {best:.1f} t/ha, "
           f"of the mean {mean:.1f} (mean over chips)")
+    return 0
+
+
+def run_sample_scene(args: argparse.Namespace) -> int:
+    from engine.base.progress import Progress
+    from engine.data.dataset import load_dataset
+    from engine.data.made.scene import make_scene
+
+    dataset = load_dataset(args.dataset)
+    with Progress("making the scene", 0, "tile") as progress:
+        def advance(done: int, total: int) -> None:
+            progress.total = total
+            progress.advance(done - progress.done)
+
+        made = make_scene(args.out, dataset, args.size, args.seed, progress=advance)
+    print(f"{args.size} × {args.size} pixels of {dataset.name!r} in {args.out / 'scene.yaml'}, the target in "
+          f"{args.out / 'target.tif'}: {made['rasters']} rasters, {made['bytes'] / 1e9:.3f} GB")
     return 0
 
 
@@ -202,15 +250,72 @@ def run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_cut(args: argparse.Namespace) -> int:
+    from engine.base.errors import ConfigError
+    from engine.base.progress import Progress
+    from engine.data.dataset import load_dataset
+    from engine.data.scene.blocks import Options
+    from engine.data.scene.cut import SPLIT, cut
+    from engine.data.scene.scene import open_scene
+    from engine.data.store import chip_file
+    from engine.inference import pictures
+    from engine.inference.landscape.picture import folds_figure
+
+    if args.lossless and not args.store:
+        raise ConfigError("--lossless is for --store; TIFFs always are as the rasters")
+    scene = open_scene(args.scene, load_dataset(args.dataset))
+    tile, metres = scene.dataset.tile, scene.grid.pixel_metres[0]
+    form = chip_file.EXACT if args.lossless else chip_file.STEPS if args.store else "tiff"
+    stride = tile if args.stride is None else args.stride
+    block = 2 * tile * metres if args.block is None else args.block
+    options = Options(stride, block, args.folds, args.min_valid, args.balance, args.seed, form)
+    with Progress("cutting", 0, "chip") as progress:
+        def advance(done: int, total: int) -> None:
+            progress.total = total
+            progress.advance(done - progress.done)
+
+        made = cut(scene, args.target, args.out, options, workers=args.workers, progress=advance)
+    pictures.save(folds_figure(args.target, scene.dataset.target, scene.grid, made["chips"], tile),
+                  args.out / "folds.png")
+    left = ", ".join(f"{made[key]} {text}" for key, text in (
+        ("without_target", "with too little target"), ("without_images", "with too little of an image"),
+        ("over_balance", "over --balance")) if made[key])
+    print(f"{len(made['chips'])} chips of {made['places']} in {args.out}{f'; left out: {left}' if left else ''}\n"
+          f"{args.folds} folds of whole blocks in {args.out / SPLIT}, drawn in {args.out / 'folds.png'}")
+    return 0
+
+
 def run_inspect(args: argparse.Namespace) -> int:
+    from engine.base.errors import ConfigError
     from engine.data.chip_view import open_chip
     from engine.data.dataset import load_dataset
     from engine.inference import pictures
 
+    if args.scene is not None:
+        return inspect_scene(args)
+    if args.chip is None:
+        raise ConfigError("--data: say which chip, --chip ID")
     view = open_chip(args.data, args.chip, load_dataset(args.dataset))
     print(view.table())
     if args.out is not None:
-        pictures.save(pictures.months_figure(args.chip, view.stack, view.chip.label is not None), args.out)
+        pictures.save(pictures.months_figure(f"chip {args.chip}", view.stack, view.chip.label is not None), args.out)
+        print(f"\npicture in {args.out}")
+    return 0
+
+
+def inspect_scene(args: argparse.Namespace) -> int:
+    from engine.base.errors import ConfigError
+    from engine.data.dataset import load_dataset
+    from engine.data.scene.scene import open_scene
+    from engine.data.scene.view import SceneView
+    from engine.inference import pictures
+
+    if args.chip is not None:
+        raise ConfigError("--chip goes with --data: a scene has none")
+    view = SceneView(open_scene(args.scene, load_dataset(args.dataset)))
+    print(view.table())
+    if args.out is not None:
+        pictures.save(pictures.months_figure(f"scene {args.scene}", view.stack, labelled=False), args.out)
         print(f"\npicture in {args.out}")
     return 0
 

@@ -46,6 +46,16 @@ def test_a_made_sample_is_data(call, tmp_path: Path) -> None:  # type: ignore[no
     assert not (tmp_path / "none").exists()
 
 
+def test_a_made_scene_has_rasters(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dataset = ROOT / "configs/datasets/grassland.yaml"
+    words = ("prepare", "sample-scene", "--out", tmp_path / "scene", "--dataset", dataset)
+    code, out, err = call(*words, "--size", 140)
+    assert code == 0 and f"140 × 140 pixels of 'grassland' in {tmp_path / 'scene' / 'scene.yaml'}" in out
+    assert f"{len(list(tmp_path.rglob('*.tif')))} rasters" in out and "tiles" in err
+    code, _, err = call(*words, "--size", 100)
+    assert code == 2 and "size 100, seed 0: a scene of 'grassland' has at least 128 pixels a side" in err
+
+
 def test_a_dry_run_trains_nothing(call, sample: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = call("train", "--config", ROOT / "configs" / "demo.yaml", "--dry-run", "--set",
                         f"data.path={sample}", "--set", f"run.folder={tmp_path}", "--set", "data.split.folds=4")

@@ -2,8 +2,8 @@
 
 Where BioMassters has a forest of its own (`engine.data.made.forest`), other data sets get the plainest thing that has
 all that a description can say: a smooth target, bands that rise or fall with it, each in its own way and season, noise,
-images that are missing, nodata, and static images that know a little of the target.  Every chip is a pure function of
-(seed, chip number).
+images that are missing, nodata in images and target, and static images that know a little of the target.  Every chip is
+a pure function of (seed, chip number).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import yaml
 
 from engine.base.errors import ConfigError, DataError
 from engine.base.files import write_text
-from engine.data.dataset import FILE, LABEL_DTYPE, Dataset, Sensor
+from engine.data.dataset import FILE, LABEL_DTYPE, Dataset, Sensor, Target
 from engine.data.made.forest import field, generator
 from engine.data.made.sample import FIRST_TEST, NOTE, bring, chip_id
 
 MISSING = 0.15  # of the images
-NODATA = 0.2  # of the images have a rectangle of it, of sensors that know it
+NODATA = 0.2  # of the images have a rectangle of it, of sensors that know it; all labels, of a target that does
 NOISE = 0.04  # of a band's range
 TOP = 30.0  # of the target, where the description does not say from where on it is ignored
 
@@ -58,7 +58,9 @@ def make_fields(out: Path | str, dataset: Dataset, chips: int, seed: int, test_c
         for name, image in made.items():
             bring(out / images / name, image)
         bring(out / target / dataset.label_name(chip), label)
-        return label.astype(np.float64)
+        exact = label.astype(LABEL_DTYPE)
+        dataset.target.hide_nodata(exact)
+        return exact.astype(np.float64)
 
     labels: list[np.ndarray] = []
     with ThreadPoolExecutor(2) as pool:
@@ -66,53 +68,81 @@ def make_fields(out: Path | str, dataset: Dataset, chips: int, seed: int, test_c
             labels += [label] if done <= chips else []
             if progress is not None:
                 progress(done, len(jobs))
-    mean = float(np.mean(labels))
+    mean = float(np.nanmean(labels))
     note |= {"chips": chips, "test_chips": test_chips, "label_mean": mean,
-             "rmse_of_mean": float(np.mean([np.sqrt(((label - mean) ** 2).mean()) for label in labels]))}
+             "rmse_of_mean": float(np.mean([np.sqrt(np.nanmean((label - mean) ** 2)) for label in labels]))}
     write_text(out / NOTE, json.dumps(note, indent=2) + "\n")
     return note
 
 
 def draw(dataset: Dataset, seed: int, number: int, chip: str) -> Iterator[tuple[str, np.ndarray]]:
     """File names of a chip and their images [tile, tile, bands], and its label [tile, tile]."""
-    rng, tile = generator(seed, number, 0), dataset.tile
-    share = 1 / (1 + np.exp(-1.5 * field(rng, 3.0, tile)))  # of the target's top, smooth, 0..1
-    top = 0.75 * dataset.target.ignore_above if dataset.target.ignore_above is not None else TOP
+    there = share(field(generator(seed, number, 0), 3.0, dataset.tile))
     for index, sensor in enumerate(dataset.sensors):
         steps = 1 if sensor.static else dataset.months
-        there = generator(seed, number, 1, index).random(steps) >= MISSING
-        there[-1] |= not there.any()
+        seen = generator(seed, number, 1, index).random(steps) >= MISSING
+        seen[-1] |= not seen.any()
         for step in range(steps):
-            if there[step] or sensor.static:
-                image = _image(dataset, sensor, share, step, generator(seed, number, 2, index, step))
-                yield dataset.feature_name(chip, index, step), image
-    label = (top * share).astype(LABEL_DTYPE)
-    yield dataset.label_name(chip), _fit(label, np.dtype(dataset.target.dtype))
+            if seen[step] or sensor.static:
+                rng = generator(seed, number, 2, index, step)
+                made = image(dataset, sensor, there, step, rng, _own(rng, dataset.tile))
+                if sensor.nodata is not None and rng.random() < NODATA:
+                    _hole(made, sensor.nodata, rng)
+                yield dataset.feature_name(chip, index, step), made
+    label, nodata = top(dataset.target) * there, dataset.target.nodata
+    fitted = fit(label.astype(LABEL_DTYPE), np.dtype(dataset.target.dtype))
+    if nodata is not None:
+        fitted[fitted == nodata] = nodata + (1 if nodata <= 0 else -1)  # there is a target
+        _hole(fitted, nodata, generator(seed, number, 3))
+    yield dataset.label_name(chip), fitted
 
 
-def _image(dataset: Dataset, sensor: Sensor, share: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
-    tile, season = dataset.tile, np.cos(2 * np.pi * step / dataset.months)
-    image = np.empty(dataset.shape(sensor), np.float32)
+def _own(rng: np.random.Generator, tile: int) -> Callable[[int], np.ndarray]:
+    """Fields of a chip's own."""
+    return lambda _: field(rng, 3.0, tile)
+
+
+def share(smooth: np.ndarray) -> np.ndarray:
+    """Of the target's top, 0 … 1, by a Gaussian field."""
+    return 1 / (1 + np.exp(-1.5 * smooth))
+
+
+def top(target: Target) -> float:
+    return 0.75 * target.ignore_above if target.ignore_above is not None else TOP
+
+
+def image(dataset: Dataset, sensor: Sensor, share: np.ndarray, step: int, rng: np.random.Generator,
+          smooth: Callable[[int], np.ndarray]) -> np.ndarray:
+    """What `sensor` sees where the target is `share` [H, W] of its top: [H, W, bands] of its dtype, none of it nodata.
+
+    `smooth` gives a Gaussian field [H, W] for a band: of what static images show, but for the target.
+    """
+    season = np.cos(2 * np.pi * step / dataset.months)
+    image = np.empty((*share.shape, len(sensor.bands)), np.float32)
     for band, name in enumerate(sensor.bands):
         # How a band answers is its own, in all chips
         own = generator(zlib.crc32(f"{sensor.name} {name}".encode()))
         rate, falls, swing = own.uniform(0.5, 3.0), own.random() < 0.5, own.uniform(0.0, 0.15)
         seen = (1 - np.exp(-rate * share)) / (1 - np.exp(-rate))
         if sensor.static:
-            seen = 0.4 * seen + 0.6 / (1 + np.exp(-field(rng, 3.0, tile)))
+            seen = 0.4 * seen + 0.6 / (1 + np.exp(-smooth(band)))
         value = 0.15 + 0.6 * (1 - seen if falls else seen) + (0 if sensor.static else swing * season)
-        value = value + NOISE * rng.standard_normal((tile, tile), dtype=np.float32)
+        value = value + NOISE * rng.standard_normal(share.shape, dtype=np.float32)
         image[..., band] = sensor.low[band] + value * sensor.span[band]
-    fitted = _fit(image, sensor.values)
+    fitted = fit(image, sensor.values)
     if sensor.nodata is not None:
         fitted[fitted == sensor.nodata] = sensor.low[0]  # nothing that was seen is nodata
-        if rng.random() < NODATA:
-            top, left = rng.integers(0, tile // 2, 2)
-            fitted[top:top + tile // 4, left:left + tile // 3] = sensor.nodata
     return fitted
 
 
-def _fit(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def _hole(image: np.ndarray, nodata: float, rng: np.random.Generator) -> None:
+    """A rectangle of nodata, in place."""
+    tile = len(image)
+    top, left = rng.integers(0, tile // 2, 2)
+    image[top:top + tile // 4, left:left + tile // 3] = nodata
+
+
+def fit(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if dtype.kind == "f":
         return values.astype(dtype)
     limits = np.iinfo(dtype)

@@ -28,6 +28,7 @@ What is drawn, and on what ground:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -70,10 +71,12 @@ S1_GROUND = np.array([[-12.2, -11.6, -11.5, -13.5, -12.7, -12.4, -14.8, -12.1, -
                       [-18.4, -17.8, -17.7, -20.7, -20.4, -21.1, -22.5, -19.2, -18.5, -19.0, -19.2, -18.5]])
 S1_CANOPY = np.array([[-9.8, -9.7, -10.1, -10.9, -10.5, -10.9, -10.7, -10.2, -9.5, -9.1, -9.5, -9.7],
                       [-15.4, -15.2, -15.7, -16.8, -16.9, -18.0, -16.5, -15.6, -15.0, -14.7, -14.9, -15.2]])
+S1_CALIBRATION = 0.2  # dB, standard deviation between passes
 S1_WATER, S1_ICE = np.array([-19.0, -27.0]), np.array([-15.0, -24.0])  # plausible values
 GREEN = np.array([0.7, 0.35, 0.1, 0.0, 0.0, 0.0, 0.0, 0.05, 0.6, 1.0, 1.0, 0.95])
 SNOW = np.array([0.0, 0.02, 0.2, 0.6, 0.85, 0.95, 0.8, 0.15, 0.0, 0.0, 0.0, 0.0])
 CLOUDY = np.array([0.1, 0.2, 0.4, 0.6, 0.3, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05, 0.15])  # of images; chosen
+CLOUDED = 0.05, 0.7  # of such an image
 # Spectra in units of 1e-4 reflectance: [brown, green, snow-covered] × [B2 … B12].
 GROUND = np.array([[661, 853, 1159, 1404, 1682, 1843, 2111, 2093, 2708, 2059],
                    [468, 736, 576, 1139, 2812, 3362, 3566, 3576, 1922, 1156],
@@ -90,7 +93,7 @@ CLOUD = np.array([7200, 6900, 6800, 6900, 6900, 6900, 7000, 6700, 3600, 2700], n
 
 
 class Stand(NamedTuple):
-    """The state of one chip that decides what the bands show; all maps are [TILE, TILE] float32."""
+    """The state of a place that decides what the bands show; all maps are [H, W] float32."""
 
     biomass: np.ndarray  # t/ha: the mean of the label
     water: np.ndarray  # 0 or 1
@@ -128,17 +131,26 @@ def _stands(rng: np.random.Generator, cells: int = 16) -> np.ndarray:
     centres = rng.random((cells, cells, 2), dtype=np.float32)
     rows, columns = np.mgrid[0:TILE, 0:TILE].astype(np.float32)
     rows, columns = (axis / size + 0.35 * field(rng, 3.0) for axis in (rows, columns))
+    return nearest(rows, columns, centres.reshape(-1, 2), lambda i, j: (i % cells) * cells + j % cells)
+
+
+def nearest(rows: np.ndarray, columns: np.ndarray, centres: np.ndarray,
+            number: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """The number of the cell whose centre is nearest, [H, W] int64, for places in units of cells.
+
+    `centres[number(i, j)]` is where in cell (i, j), 0 … 1 down and right, its centre lies.
+    """
     row, column = np.floor(rows).astype(np.int64), np.floor(columns).astype(np.int64)
-    nearest, stand = np.full((TILE, TILE), np.inf, np.float32), np.zeros((TILE, TILE), np.int64)
+    least, found = np.full(rows.shape, np.inf, np.float32), np.zeros(rows.shape, np.int64)
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
             i, j = row + down, column + right
-            number = (i % cells) * cells + j % cells
-            y, x = centres.reshape(-1, 2)[number].transpose(2, 0, 1)
+            one = number(i, j)
+            y, x = centres[one].transpose(2, 0, 1)
             distance = (i + y - rows) ** 2 + (j + x - columns) ** 2
-            stand = np.where(distance < nearest, number, stand)
-            nearest = np.minimum(distance, nearest)
-    return stand
+            found = np.where(distance < least, one, found)
+            least = np.minimum(distance, least)
+    return found
 
 
 def draw_stand(seed: int, number: int) -> Stand:
@@ -151,7 +163,7 @@ def draw_stand(seed: int, number: int) -> Stand:
     age[rng.random(count) < rng.beta(2, 2 / P.open_share - 2)] = 0.0
     smooth = P.fertility_spread * field(rng, 3.5)
     rough = P.texture_spread * field(rng, 1.5)
-    land = field(rng, 3.5) > _quantile(rng.beta(1, 1 / P.water_share - 1))
+    land = field(rng, 3.5) > quantile(rng.beta(1, 1 / P.water_share - 1))
     biomass = fertility * age[stand] * np.exp(smooth + rough) * land
     # Broadleaves gather in some stands.
     conifer = rng.beta(2.0, 0.8, count)[stand]
@@ -170,16 +182,20 @@ def _phi(x: np.ndarray) -> np.ndarray:
     return np.interp(x, _PHI_X, _PHI)
 
 
-def _quantile(probability: float) -> float:
+def quantile(probability: float) -> float:
     return float(np.interp(probability, _PHI, _PHI_X))
 
 
 def draw_label(seed: int, number: int, stand: Stand) -> np.ndarray:
     """The label of the stand, t/ha, [TILE, TILE] float32."""
-    rng = generator(seed, number, 1)
-    noise = rng.standard_normal((TILE, TILE))
-    label = stand.biomass * np.exp(P.label_noise * noise - P.label_noise**2 / 2)
-    outlier = rng.random((TILE, TILE)) < P.outlier_rate
+    return measured(generator(seed, number, 1), stand.biomass)
+
+
+def measured(rng: np.random.Generator, biomass: np.ndarray) -> np.ndarray:
+    """A label of this mean biomass, t/ha, float32."""
+    noise = rng.standard_normal(biomass.shape)
+    label = biomass * np.exp(P.label_noise * noise - P.label_noise**2 / 2)
+    outlier = rng.random(biomass.shape) < P.outlier_rate
     u = rng.random(int(outlier.sum()))
     label[outlier] = P.outlier_low / np.sqrt(1 - u * (1 - (P.outlier_low / P.outlier_high) ** 2))
     return label.astype(np.float32)
@@ -208,7 +224,7 @@ def label_moments(biomass: np.ndarray, below: float = math.inf) -> tuple[np.ndar
 
 
 def expected_s1(stand: Stand, month: int, moisture: float = 0.0) -> np.ndarray:
-    """Mean backscatter as power, [TILE, TILE, 2] (VV, VH) float32; `moisture` in dB shifts all ground."""
+    """Mean backscatter as power, [H, W, 2] (VV, VH) float32; `moisture` in dB shifts all ground."""
     ground_db = P.s1_moisture * stand.moisture[..., None] + moisture + S1_GROUND[:, month]
     open_share = np.exp(-P.s1_beta * stand.biomass)[..., None]
     power = _power(ground_db) * open_share + _power(S1_CANOPY[:, month]) * (1 - open_share)
@@ -226,7 +242,7 @@ def snow(north: float) -> np.ndarray:
 
 
 def mixing(stand: Stand) -> np.ndarray:
-    """Shares of ground, conifer, broadleaf and water, [TILE, TILE, 4] float32; the rest is shadow."""
+    """Shares of ground, conifer, broadleaf and water, [H, W, 4] float32; the rest is shadow."""
     cover = 1 - np.exp(-P.s2_kappa * stand.biomass)
     lit = cover * (1 - P.s2_shadow * (1 - np.exp(-stand.biomass / P.s2_shadow_biomass)))
     shares = ((1 - stand.water) * (1 - cover), lit * stand.conifer, lit * (1 - stand.conifer), stand.water)
@@ -244,33 +260,57 @@ def endmembers(north: float, month: int) -> np.ndarray:
 def draw_s1(seed: int, number: int, month: int, stand: Stand) -> np.ndarray:
     """A month of Sentinel-1 with both orbits, dB, [TILE, TILE, 4] float32."""
     rng = generator(seed, number, 2, month)
-    passes = []
-    for _ in ("ascending", "descending"):
-        moisture, calibration = rng.normal(0, P.s1_moisture), rng.normal(0, 0.2)
-        power = expected_s1(stand, month, moisture) * _power(calibration)
-        speckle = rng.standard_gamma(P.s1_looks, power.shape, dtype=np.float32) / np.float32(P.s1_looks)
-        passes.append(10 * np.log10(power * speckle))
+    passes = [one_pass(rng, month, stand, rng.normal(0, P.s1_moisture), rng.normal(0, S1_CALIBRATION))
+              for _ in ("ascending", "descending")]
     return np.concatenate(passes, -1).astype(S1.values)
+
+
+def one_pass(rng: np.random.Generator, month: int, stand: Stand, moisture: float, calibration: float) -> np.ndarray:
+    """What one orbit sees, dB, [H, W, 2] (VV, VH) float32; `moisture` of all ground and `calibration` in dB."""
+    power = expected_s1(stand, month, moisture) * _power(calibration)
+    speckle = rng.standard_gamma(P.s1_looks, power.shape, dtype=np.float32) / np.float32(P.s1_looks)
+    return 10 * np.log10(power * speckle)
 
 
 def draw_s2(seed: int, number: int, month: int, stand: Stand, shares: np.ndarray) -> np.ndarray:
     """A month of Sentinel-2, [TILE, TILE, 11] uint16; `shares` is `mixing(stand)`, alike for all months."""
     rng = generator(seed, number, 3, month)
-    image = np.empty((TILE, TILE, len(S2.bands)), np.float32)
+    image = reflected(rng, month, stand, shares, daylight(rng))
+    if rng.random() < CLOUDY[month]:
+        share = rng.uniform(*CLOUDED)
+        cover(image, field(rng, 3.0), share)
+    if rng.random() < P.clp_noise:
+        top, bottom = np.sort(rng.integers(0, TILE + 1, 2))
+        image[top:bottom, :, -1] = 255
+    return counts(image)
+
+
+def daylight(rng: np.random.Generator) -> float:
+    """The factor of a whole image."""
+    return math.exp(0.04 * rng.standard_normal())
+
+
+def reflected(rng: np.random.Generator, month: int, stand: Stand, shares: np.ndarray, light: float) -> np.ndarray:
+    """A cloudless month of Sentinel-2, [H, W, 11] float32, not yet rounded."""
+    image = np.empty((*stand.biomass.shape, len(S2.bands)), np.float32)
     bands, clp = image[..., :-1], image[..., -1]
-    light = math.exp(0.04 * rng.standard_normal())
     bands[...] = rng.standard_normal(bands.shape, dtype=np.float32)
     bands *= np.float32(P.s2_noise)
     bands += 1
     bands *= shares @ endmembers(stand.north, month)
     bands *= (light * stand.understory)[..., None]
     clp[...] = rng.integers(0, 6, clp.shape, np.uint8)
-    if rng.random() < CLOUDY[month]:
-        share = rng.uniform(0.05, 0.7)
-        opacity = np.clip((field(rng, 3.0) - _quantile(1 - share)) / 1.5, 0, 1)
-        bands += opacity[..., None] * (CLOUD - bands)
-        clp += 95 * np.sqrt(opacity)
-    if rng.random() < P.clp_noise:
-        top, bottom = np.sort(rng.integers(0, TILE + 1, 2))
-        clp[top:bottom] = 255
+    return image
+
+
+def cover(image: np.ndarray, clouds: np.ndarray, share: float) -> None:
+    """Draw clouds into `image`: the highest `share` of a standard normal field [H, W], denser the higher."""
+    opacity = np.clip((clouds - quantile(1 - share)) / 1.5, 0, 1)
+    bands = image[..., :-1]
+    bands += opacity[..., None] * (CLOUD - bands)
+    image[..., -1] += 95 * np.sqrt(opacity)
+
+
+def counts(image: np.ndarray) -> np.ndarray:
+    """`image`, which is overwritten, in whole numbers within the sensor's range: [H, W, 11] uint16."""
     return np.clip(np.rint(image, out=image), 0, np.array(S2.high, np.float32), out=image).astype(S2.values)
