@@ -95,7 +95,7 @@ class Trainer:
         bad = self._leave_out_bad_chips() if config.data.bad_chips == "quarantine" else None
         with together():
             self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
-                                      cache_gb=config.data.cache_gb, backend=self.backend)
+                                      cache_gb=config.data.cache_gb, backend=self.backend, need_target=True)
         self.dataset = self.source.dataset
         self.loss = make_loss(config.loss.name, self.dataset.target, **config.loss.options)
         memory = min(of_all(device_memory(device, local_world())))  # all cut alike

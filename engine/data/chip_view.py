@@ -46,8 +46,8 @@ class ChipView:
         return images
 
     def to_xarray(self) -> xarray.Dataset:
-        """`images` (month, band, y, x) and, where there is a label, a variable of the target's name (y, x).  x and y in
-        metres from the upper left corner: chips have no place of their own."""
+        """`images` (month, band, y, x) and, where there is a label, a variable of the target's name (y, x), NaN where
+        it is nodata.  x and y in metres from the upper left corner: chips have no place of their own."""
         try:
             import xarray
         except ImportError:

@@ -26,6 +26,7 @@ from engine.base.errors import DataError
 BUILT_IN = Path(__file__).with_name("datasets")
 FILE = "dataset.yaml"  # a data folder's own description
 LABEL_DTYPE = np.dtype("<f4")  # of labels and maps, whatever the files have
+NO_TARGET = 1e38  # what NaN in a label is for DALI's warp: 0 × NaN would reach pixels on which it has no weight
 CODE_ZERO = 32768  # the 16-bit code of 0 where a sensor's values are signed
 
 Name = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z][\w.-]*$")]
@@ -82,8 +83,7 @@ class Sensor(Section):
                 raise ValueError(f"{key} has {len(getattr(self, key))} numbers for {len(self.bands)} bands")
         for what, limit in [("nodata", self.nodata or 0.0), *(("high", high) for high in self.high),
                             *(("low", low) for low in self.low)]:
-            if abs(limit) > float(np.finfo(np.float32).max):
-                raise ValueError(f"{what} {limit:g} is beyond float32")
+            _held("float32", what, limit)
         for band, low, high in zip(self.bands, self.low, self.high):
             if not np.float32(low) < np.float32(high):
                 raise ValueError(f"band {band}: low {low:g} is not below high {high:g}")
@@ -94,10 +94,8 @@ class Sensor(Section):
         if self.packed_step is not None and self.dtype != "float32":
             raise ValueError(f"packed_step belongs to float32: {self.dtype} is packed as it is")
         if self.dtype != "float32":
-            limits = np.iinfo(self.dtype)
-            for what, value in [("nodata", self.nodata), *(("low", low) for low in self.low)]:
-                if value is not None and not (value == int(value) and limits.min <= value <= limits.max):
-                    raise ValueError(f"{what} {value:g} is no {self.dtype}")
+            for what, value in [("nodata", self.nodata or 0.0), *(("low", low) for low in self.low)]:
+                _held(self.dtype, what, value)
         elif self.packed_step is not None:
             for low in self.low:
                 steps = low / self.packed_step
@@ -166,12 +164,19 @@ class Target(Section):
     unit: str
     file: Pattern  # with {chip}
     dtype: Dtype = "float32"
+    nodata: float | None = None  # a value that means there is no target: left out of losses and metrics
     ignore_above: float | None = None  # pixels of this and more are left out of the loss, unless loss.options says else
 
     @model_validator(mode="after")
     def _consistent(self) -> Target:
         _placeholders(self.file, step=False)
+        _held(self.dtype, "nodata", self.nodata or 0.0)
         return self
+
+    def hide_nodata(self, label: np.ndarray) -> None:
+        """NaN, in place, where a label (float32, as in its file) is nodata."""
+        if self.nodata is not None:
+            label[label == np.float32(self.nodata)] = np.nan
 
 
 class Picture(Section):
@@ -366,6 +371,15 @@ def _distinct(names: Any, what: str) -> None:
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise ValueError(f"{what}: {', '.join(twice)} stand there twice")
+
+
+def _held(dtype: str, what: str, value: float) -> None:
+    """Raises ValueError where `dtype` does not hold `value`."""
+    if dtype == "float32":
+        if abs(value) > float(np.finfo(np.float32).max):
+            raise ValueError(f"{what} {value:g} is beyond float32")
+    elif not (value == int(value) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
+        raise ValueError(f"{what} {value:g} is no {dtype}")
 
 
 def _known(name: str, known: Any, what: str) -> None:

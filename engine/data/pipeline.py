@@ -29,7 +29,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from engine.base.errors import ConfigError
-from engine.data.dataset import LABEL_DTYPE, Dataset, Sensor
+from engine.data.dataset import LABEL_DTYPE, NO_TARGET, Dataset, Sensor
 from engine.data.store.chip_file import EXACT, is_coded, planes_of
 
 MOST_BLOCKS = 65_535  # that DALI 2.4 inflates at once: what fills them up is a grid of one row, a column a block
@@ -172,7 +172,7 @@ def finish(form: Form, stored: list[Any], matrix: Any, needed: Any, dtype: DALID
     scaled = [_scale(_augment(frames, part.groups, matrix, needed), part, form.dataset, dtype)
               for frames, part in zip(stored, form.parts)]
     images = fn.cat(*scaled, axis=3) if len(scaled) > 1 else scaled[0]
-    return images, fn.squeeze(label, axes=[2])
+    return images, with_nan(fn.squeeze(label, axes=[2]), form.dataset)
 
 
 def _augment(frames: Any, cuts: tuple[tuple[int, int], ...], matrix: Any, needed: Any) -> Any:
@@ -213,7 +213,7 @@ def _inflate(form: Form, data: Any, tables: list[Any]) -> list[Any]:
 def assemble(form: Form, planes: list[Any]) -> list[Any]:
     """An array for each of `form.parts`, and the label, from their inflated planes [blocks, tile²]."""
     tile = form.dataset.tile
-    label = fn.squeeze(interleave(planes[-1], 1, LABEL_DTYPE, tile), axes=[0])
+    label = with_no_target(fn.squeeze(interleave(planes[-1], 1, LABEL_DTYPE, tile), axes=[0]), form.dataset)
     bands = [with_nodata(interleave(found, len(part.low), part.dtype, tile), part)
              for found, part in zip(planes, form.parts)]
     return [*bands, label]
@@ -235,6 +235,22 @@ def with_nodata(values: Any, part: Part) -> Any:
                     **({} if same else {"device": values.device}))
     row = Constant(part.marked, device=values.device)
     return values * (values != mark) + row * (values == mark)
+
+
+def with_no_target(label: Any, dataset: Dataset) -> Any:
+    """A label as stored, with NO_TARGET for nodata."""
+    if dataset.target.nodata is None:
+        return label
+    nodata = Constant(float(np.float32(dataset.target.nodata)), dtype=DALIDataType.FLOAT)
+    return label * (label != nodata) + NO_TARGET * (label == nodata)
+
+
+def with_nan(label: Any, dataset: Dataset) -> Any:
+    """NaN where NO_TARGET has a weight, however small: no weight that is not 0 makes it less than 1e20."""
+    if dataset.target.nodata is None:
+        return label
+    there = label < 1e20
+    return label * there / there
 
 
 _DALI = {np.dtype("<f4"): DALIDataType.FLOAT, _CODE: DALIDataType.UINT16}

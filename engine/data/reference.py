@@ -11,8 +11,9 @@ def transform(stack: Stack, matrix: np.ndarray | None, steps: bool = False) -> t
     """Images [T, H, W, C] float32 and label [H, W] float32 of one chip.
 
     Normalised as the description says; nodata becomes 0 after scaling; `matrix` is `engine.data.plan.Draw`'s (None: not
-    warped).  Slot k holds step `stack.months[k]`; slots without a step are zero.  `steps`: floats with a `packed_step`
-    are rounded to whole steps first, and again by the warp, as in a packed store.
+    warped).  Slot k holds step `stack.months[k]`; slots without a step are zero.  The label is NaN where there is no
+    target, and after the warp where that has a weight.  `steps`: floats with a `packed_step` are rounded to whole steps
+    first, and again by the warp, as in a packed store.
     """
     dataset, scaled = stack.dataset, []
     for sensor, values in zip(dataset.sensors, stack.images):
@@ -47,9 +48,12 @@ def warp(frames: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     def at(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return frames[:, _mirror(rows, height), _mirror(columns, width)].astype(np.float64)
 
-    top = at(y0, x0) * (1 - fx) + at(y0, x0 + 1) * fx
-    bottom = at(y0 + 1, x0) * (1 - fx) + at(y0 + 1, x0 + 1) * fx
-    return (top * (1 - fy) + bottom * fy).astype(np.float32)
+    def mixed(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+        return np.where(share == 0, first, first * (1 - share) + second * share)  # 0 × NaN is nothing here
+
+    top = mixed(at(y0, x0), at(y0, x0 + 1), fx)
+    bottom = mixed(at(y0 + 1, x0), at(y0 + 1, x0 + 1), fx)
+    return mixed(top, bottom, fy).astype(np.float32)
 
 
 def _mirror(index: np.ndarray, size: int) -> np.ndarray:

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from engine.data.dataset import CODE_ZERO, LABEL_DTYPE, Dataset
+from engine.data.dataset import CODE_ZERO, LABEL_DTYPE, NO_TARGET, Dataset
 from engine.data.index import Chip
 from engine.data.plan import dihedral
+
+ALL_NODATA = ("every pixel of the label is nodata, so there is nothing to train on; remove the chip, or set "
+              "data.bad_chips: quarantine")
 
 
 class Turn(NamedTuple):
@@ -50,13 +53,14 @@ class Stack(NamedTuple):
 
     dataset: Dataset
     images: tuple[np.ndarray, ...]  # of each sensor [K, tile, tile, bands] in its dtype, `Sensor.absent` for no image
-    label: np.ndarray  # [tile, tile, 1] float32, in the target's unit; zeros where the chip has none
+    label: np.ndarray  # [tile, tile, 1] float32, in the target's unit, NaN for nodata; zeros where the chip has none
     months: np.ndarray  # [K] int64
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What the pipeline takes: float32, or 16-bit codes of integers.
 
-        Nodata becomes the value that scales to 0 (in place), since a warp would mix it into its neighbours.
+        Nodata becomes the value that scales to 0 (in place), since a warp would mix it into its neighbours, and
+        NO_TARGET in the label.
         """
         for sensor, images in zip(self.dataset.sensors, self.images):
             if sensor.nodata is None:
@@ -66,6 +70,8 @@ class Stack(NamedTuple):
             for image in images:
                 if not lowest or image.min() <= nodata:  # a look is cheaper than a mask
                     np.copyto(image, sensor.zero.astype(sensor.values), where=image == nodata)
+        if self.dataset.target.nodata is not None:
+            np.copyto(self.label, NO_TARGET, where=np.isnan(self.label))
         return *map(_codes, self.images), self.label
 
 

@@ -5,8 +5,10 @@ zero, so adding the ranks' tables is exact (x + 0 = x), and the final numbers co
 Sums over a chip's pixels are taken by halving, which fixes the order of additions where torch's own reduction
 chooses it by batch size and device.  `engine.inference.chips` fills the table, for training and prediction alike.
 
+A pixel counts where its label is finite (NaN: no target there), and a chip that has such a pixel.
+
 Names, errors are prediction − label, in the target's unit:
-    rmse_per_chip  mean over chips of a chip's RMSE: the leaderboard's score; every pixel counts
+    rmse_per_chip  mean over chips of a chip's RMSE: the leaderboard's score; a chip counts once, a pixel as any other
     rmse_pooled    RMSE over all pixels of all chips
     mae, bias      mean absolute error, mean error, over all pixels
     rmse_of_mean   what rmse_per_chip would be, had every pixel been predicted as the mean label of all of them
@@ -73,7 +75,7 @@ class ChipTable:
                                 "every chip of an evaluation set must be evaluated exactly once")
 
     def per_chip(self) -> np.ndarray:
-        """One record per labelled chip, in order of `row`: rmse, mae, bias, mean_label; float64, target's unit."""
+        """One record per chip that counts, in order of `row`: rmse, mae, bias, mean_label; float64, target's unit."""
         row, column = self._labelled()
         records = np.empty(len(row), [("row", np.int64), *((name, np.float64) for name in
                                                            ("rmse", "mae", "bias", "mean_label"))])
@@ -84,10 +86,11 @@ class ChipTable:
         return records
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of this module's docstring, and `n_chips`.  Raises DataError if no chip has a label."""
+        """The numbers of this module's docstring, and `n_chips` that count.  Raises DataError if none does."""
         row, column = self._labelled()
         if not len(row):
-            raise DataError("no chip of the evaluation set has a label: there is nothing to score")
+            raise DataError("no chip of the evaluation set has a label with a pixel of target: there is nothing to "
+                            "score")
         total = {name: _total(values) for name, values in column.items()}
         pixels, mean = total["pixels"], total["label"] / total["pixels"]
         between = column["pixels"] * np.square(column["label"] / column["pixels"] - mean)
@@ -110,7 +113,10 @@ class ChipTable:
 
 
 def per_chip_rmse(prediction: np.ndarray | Tensor, label: np.ndarray | Tensor) -> np.ndarray:
-    """[B] float64, in the label's unit, of maps [B,H,W]; their mean is the challenge's score."""
+    """[B] float64, in the label's unit, of maps [B,H,W]; their mean is the challenge's score.
+
+    Pixels whose label is NaN are left out; NaN for a chip of no other.
+    """
     prediction, label = (torch.as_tensor(maps) for maps in (prediction, label))
     if prediction.ndim != 3 or prediction.shape != label.shape:
         raise DataError(f"prediction and label must be maps [B,H,W], not {list(prediction.shape)} and "
@@ -127,10 +133,11 @@ def _total(values: np.ndarray) -> float:
 def chip_sums(pred: Tensor, target: Tensor) -> Tensor:
     """COLUMNS without `seen`, for each chip of [B,H,W] maps: float64 [B,6], independent of the batch around it."""
     pred, target = pred.flatten(1).double(), target.flatten(1).double()
-    error = pred - target
-    pixels = torch.full_like(error[:, 0], error.shape[1])
-    label = halving_sum(target)
-    spread = halving_sum((target - (label / pixels)[:, None]).square())
+    none = ~target.isfinite()
+    error = (pred - target).masked_fill(none, 0)
+    pixels = (~none).sum(1).double()
+    label = halving_sum(target.masked_fill(none, 0))
+    spread = halving_sum((target - (label / pixels)[:, None]).masked_fill(none, 0).square())
     return torch.stack([pixels, halving_sum(error), halving_sum(error.square()), halving_sum(error.abs()),
                         label, spread], 1)
 

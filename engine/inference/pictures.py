@@ -16,6 +16,7 @@ from engine.data.dataset import Dataset, Picture, Target
 from engine.data.source import Stack
 
 _MAP = "YlGn"
+_NONE = "0.8"  # grey: no target
 
 
 def quicklook(stack: Stack) -> tuple[np.ndarray, str]:
@@ -63,34 +64,40 @@ def _colours(bands: np.ndarray, picture: Picture) -> np.ndarray:
 
 
 def chip_figure(name: str, stack: Stack, prediction: np.ndarray, truth: np.ndarray | None) -> Figure:
-    """Panel of one chip; `prediction` and `truth` [H, W] in the target's unit."""
+    """Panel of one chip; `prediction` and `truth` [H, W] in the target's unit, grey where `truth` is NaN.
+
+    A truth of nothing else is not shown.
+    """
     target = stack.dataset.target
+    truth = None if truth is None or np.isnan(truth).all() else truth
     image, title = quicklook(stack)
     figure = Figure(figsize=(13 if truth is not None else 7, 3.6), layout="constrained")
     axes = figure.subplots(1, 4 if truth is not None else 2)
     axes[0].imshow(image)
     axes[0].set_title(title)
-    top = float(np.percentile(np.concatenate([x.ravel() for x in (prediction, truth) if x is not None]), 99.5))
+    low, top = _scale(*(x for x in (truth, prediction) if x is not None))
     maps = [(truth, "truth")] if truth is not None else []
     for axis, (values, what) in zip(axes[1:], [*maps, (prediction, "prediction")]):
-        shown = axis.imshow(values, cmap=_MAP, vmin=0, vmax=_top(top))
+        shown = axis.imshow(values, cmap=_MAP, vmin=low, vmax=top)
         axis.set_title(what)
     figure.colorbar(shown, ax=axes[1:3].tolist() if truth is not None else axes[1], label=_label(target), shrink=0.85)
     if truth is not None:
         error = prediction - truth
-        limit = _top(float(np.percentile(np.abs(error), 99)))
+        limit = float(np.nanpercentile(np.abs(error), 99)) or 1.0
         shown = axes[3].imshow(error, cmap="RdBu", vmin=-limit, vmax=limit)
-        axes[3].set_title(f"prediction − truth, RMSE {np.sqrt(np.mean(error.astype(np.float64) ** 2)):.1f}")
+        axes[3].set_title(f"prediction − truth, RMSE {np.sqrt(np.nanmean(error.astype(np.float64) ** 2)):.1f}")
         figure.colorbar(shown, ax=axes[3], label=target.unit, shrink=0.85)
     figure.suptitle(f"chip {name}")
     for axis in axes:
+        axis.set_facecolor(_NONE)
         axis.set_xticks([])
         axis.set_yticks([])
     return figure
 
 
-def months_figure(name: str, stack: Stack, labelled: bool) -> Figure:
-    """Every month of a chip as `quicklook` shows it, and its label."""
+def months_figure(title: str, stack: Stack, labelled: bool) -> Figure:
+    """Every month of a chip or a scene as `quicklook` shows it, and its label, if it has a pixel of target."""
+    labelled = labelled and not np.isnan(stack.label).all()
     shown = [quicklook(stack._replace(images=tuple(images[k:k + 1] for images in stack.images),
                                       months=stack.months[k:k + 1])) for k in range(len(stack.months))]
     columns = 5
@@ -99,16 +106,16 @@ def months_figure(name: str, stack: Stack, labelled: bool) -> Figure:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
-    for axis, (image, title) in zip(axes, shown):
+    for axis, (image, step) in zip(axes, shown):
         axis.imshow(image)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(step, fontsize=9)
     if labelled:
         axis = axes[len(shown)]
-        drawn = axis.imshow(stack.label[..., 0], cmap=_MAP, vmin=0,
-                            vmax=_top(float(np.percentile(stack.label, 99.5))))
+        low, top = _scale(stack.label)
+        drawn = axis.imshow(stack.label[..., 0], cmap=_MAP, vmin=low, vmax=top)
         axis.set_title(_label(stack.dataset.target), fontsize=9)
         figure.colorbar(drawn, ax=axis, shrink=0.8)
-    figure.suptitle(f"chip {name}")
+    figure.suptitle(title)
     return figure
 
 
@@ -116,22 +123,30 @@ def _label(target: Target) -> str:
     return f"{target.name}, {target.unit}" if target.unit else target.name
 
 
-def _top(value: float) -> float:
-    """The end of a scale that begins at 0."""
-    return value if value > 0 else 1.0
+def _scale(first: np.ndarray, *others: np.ndarray) -> tuple[float, float]:
+    """Ends of the colours of maps: from 0, or what few pixels of the first are below, to what few of all exceed."""
+    values = np.concatenate([x.ravel() for x in (first, *others)])
+    return _ends(float(np.nanpercentile(first, 0.5)), float(np.nanpercentile(values, 99.5)))
+
+
+def _ends(low: float, top: float) -> tuple[float, float]:
+    low = min(low, 0.0)
+    return low, top if top > low else low + 1.0
 
 
 class Scatter:
-    """Predicted against true of any number of pixels, as a histogram on a fixed grid from 0 to `top`."""
+    """Predicted against true of any number of pixels, as a histogram on a fixed grid from 0, or `low` if it is less, to
+    `top`."""
 
-    def __init__(self, target: Target, top: float, bins: int = 150):
+    def __init__(self, target: Target, top: float, low: float = 0.0, bins: int = 150):
         self._target = target
-        self.edges = np.linspace(0, _top(top), bins + 1)
+        self.edges = np.linspace(*_ends(low, top), bins + 1)
         self.counts = np.zeros((bins, bins))
 
     def add(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        top = self.edges[-1]
-        counts, _, _ = np.histogram2d(truth.ravel().clip(0, top), prediction.ravel().clip(0, top), self.edges)
+        low, top = self.edges[[0, -1]]
+        true, predicted = (values.ravel().clip(low, top) for values in (truth, prediction))
+        counts, _, _ = np.histogram2d(true, predicted, self.edges)  # NaN is in no bin
         self.counts += counts
 
     def figure(self, lines: Sequence[str]) -> Figure:
@@ -140,7 +155,7 @@ class Scatter:
         axis = figure.subplots()
         counts = np.ma.masked_equal(self.counts.T, 0)
         shown = axis.pcolormesh(self.edges, self.edges, counts, norm=LogNorm(vmin=1), cmap="viridis")
-        axis.plot([0, self.edges[-1]], [0, self.edges[-1]], color="black", linewidth=0.8)
+        axis.plot(self.edges[[0, -1]], self.edges[[0, -1]], color="black", linewidth=0.8)
         label = _label(self._target)
         axis.set(xlabel=f"true {label}", ylabel=f"predicted {label}", aspect="equal")
         axis.text(0.03, 0.97, "\n".join(lines), transform=axis.transAxes, va="top",

@@ -2,9 +2,9 @@
 
 Each takes pred [B,1,H,W] and target [B,H,W] and returns a scalar, in float32 or better whatever autocast does.  Each
 can leave out pixels whose target is `ignore_above` or more, by default what the data set's description says: the labels
-of BioMassters have outliers to 12,900 t/ha, and the 1st-place solution trained without pixels of 400 t/ha and more.  A
-NaN in a label is not ignored: it makes the loss NaN, so that it is seen.  All have zero, not undefined, gradient where
-nothing is left or the error is exactly zero.
+of BioMassters have outliers to 12,900 t/ha, and the 1st-place solution trained without pixels of 400 t/ha and more.
+Where a target is not finite there is none: such pixels are always left out.  All have zero, not undefined, gradient
+where nothing is left or the error is exactly zero.
 """
 
 from __future__ import annotations
@@ -92,13 +92,15 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _errors(pred: Tensor, target: Tensor, ignore_above: float | None) -> tuple[Tensor, Tensor]:
-    """pred − target with 0 where ignored, and where it counts (bool); both [B,H,W]."""
+    """pred − target with 0 where ignored or without target, and where it counts (bool); both [B,H,W]."""
     if pred.ndim != 4 or pred.shape[1] != 1 or pred[:, 0].shape != target.shape:
         raise ValueError(f"pred must be [B,1,H,W] and target [B,H,W], not {list(pred.shape)} and {list(target.shape)}")
     exact = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     error = pred[:, 0].to(exact) - target.to(exact)
-    ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_above is None else target >= ignore_above
-    return error.masked_fill(ignored, 0), ~ignored
+    counts = target.isfinite()
+    if ignore_above is not None:
+        counts &= target < ignore_above
+    return error.masked_fill(~counts, 0), counts
 
 
 def _sqrt(mean_square: Tensor) -> Tensor:

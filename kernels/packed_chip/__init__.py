@@ -16,7 +16,7 @@ from kernels import native
 LANES = 16  # values of a pixel in the scratch tile, and bands that `images` takes at once
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {"packed_images": [_P, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P],
-              "packed_label": [_P, _P, _I, _P, _P, _P, _P, _P]}
+              "packed_label": [_P, _P, _I, ctypes.c_float, _P, _P, _P, _P, _P]}
 
 
 @functools.cache
@@ -41,6 +41,9 @@ def images() -> Callable[..., int]:
 
 
 def label() -> Callable[..., int]:
-    """(blocks, sizes [4] uint32, side, matrix [3, 3] float32, address of LZ4_decompress_safe, planes [4, side²] uint8,
-    tile [side²] float32, out [side, side] float32) → −1, or the plane."""
+    """(blocks, sizes [4] uint32, side, nodata, matrix [3, 3] float32, address of LZ4_decompress_safe, planes [4, side²]
+    uint8, tile [side²] float32, out [side, side] float32) → −1, or the plane.
+
+    What equals `nodata` becomes NaN, and so does what it is mixed into; nothing equals NaN.
+    """
     return _library().packed_label  # type: ignore[no-any-return]

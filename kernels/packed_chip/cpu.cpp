@@ -171,17 +171,19 @@ int64_t packed_images(const uint8_t* const* blocks, const uint32_t* sizes, int64
     return -1;
 }
 
-// The label into out [side, side] float32, in the target's unit.  `planes` [4, pixels] and `tile` [pixels] are scratch.
+// The label into out [side, side] float32, in the target's unit; `nodata` becomes NaN (NaN: nothing does).  `planes` [4, pixels] and `tile` [pixels] are scratch.
 // Returns −1, or the number of a bad block.
-int64_t packed_label(const uint8_t* blocks, const uint32_t* sizes, int64_t side, const float* matrix, Inflate inflate,
-                     uint8_t* planes, float* tile, float* out) {
+int64_t packed_label(const uint8_t* blocks, const uint32_t* sizes, int64_t side, float nodata, const float* matrix,
+                     Inflate inflate, uint8_t* planes, float* tile, float* out) {
     const int64_t pixels = side * side;
     int bad = inflate_value(blocks, sizes, 4, pixels, inflate, planes);
     if (bad >= 0) return bad;
     for (int64_t p = 0; p < pixels; p++) {
         uint32_t bits = planes[p] | planes[pixels + p] << 8 | planes[2 * pixels + p] << 16
                         | static_cast<uint32_t>(planes[3 * pixels + p]) << 24;
-        std::memcpy(tile + p, &bits, sizeof bits);
+        float value;
+        std::memcpy(&value, &bits, sizeof bits);
+        tile[p] = value == nodata ? NAN : value;
     }
     sample(matrix, side, [&](int64_t pixel, int64_t at) { out[pixel] = tile[at]; },
            [&](int64_t pixel, const int64_t* at, const float* weight) {

@@ -139,21 +139,21 @@ def inflated(blocks: Blocks, tile: int) -> list[np.ndarray]:
 
 
 def by_the_gpus_operators(chip: Chip, how: Draw, warp: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Images and label by what follows the inflation in the GPU's graph, run by DALI on the CPU."""
+    """Images and label by what follows the reading, or inflation, in the GPU's graph, run by DALI on the CPU."""
     import nvidia.dali.fn as fn
     from nvidia.dali import Pipeline
     from nvidia.dali.types import DALIDataType
 
     source = open_source([chip], backend="gpu")
-    blocks = source.read(chip, how.keep, source.buffer())
-    assert isinstance(blocks, Blocks)
-    planes = inflated(blocks, chip.dataset.tile)
+    read, form = source.read(chip, how.keep, source.buffer(), None), form_of(source)
+    fed = inflated(read, chip.dataset.tile) if isinstance(read, Blocks) else read.arrays()
+    layouts = ("",) * len(fed) if form.gpu_only else form.layouts
     pipe = Pipeline(batch_size=1, num_threads=1, device_id=None)
     with pipe:
-        *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*planes, how.matrix)], batch=True,
-                                             num_outputs=len(planes) + 1)
-        stored = pipeline.assemble(form_of(source), inputs)
-        pipe.set_outputs(*pipeline.finish(form_of(source), stored, matrix, warp, DALIDataType.FLOAT))
+        *inputs, matrix = fn.external_source(source=lambda: [[x] for x in (*fed, how.matrix)], batch=True,
+                                             num_outputs=len(fed) + 1, layout=(*layouts, ""))
+        stored = pipeline.assemble(form, inputs) if form.gpu_only else inputs
+        pipe.set_outputs(*pipeline.finish(form, stored, matrix, warp, DALIDataType.FLOAT))
     pipe.build()
     images, label = (np.asarray(output.as_array())[0] for output in pipe.run())
     return images, label

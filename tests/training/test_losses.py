@@ -118,11 +118,40 @@ def test_float32_inside_autocast(name: str) -> None:
     assert inside.dtype == torch.float32
 
 
+@pytest.mark.parametrize("ignore_above", [400.0, None])
 @pytest.mark.parametrize("name", NAMES)
-def test_nan_in_a_label_is_seen(name: str) -> None:
+def test_where_there_is_no_target_no_pixel_counts(name: str, ignore_above: float | None) -> None:
+    """Values and gradients are those of the pixels that have one."""
     pred, target = batch(5)
-    target[0, 0, 0] = math.nan
-    assert torch.isnan(make_loss(name, TARGET, ignore_above=400.0)(pred, target))
+    hole = torch.tensor(np.random.default_rng(5).random(target.shape) < 0.4)
+    full, target = target, target.masked_fill(hole, math.nan)
+    target[0, hole[0]] = math.inf  # as infinity a warp may leave it
+    loss = make_loss(name, TARGET, ignore_above=ignore_above)
+    value = loss(pred.requires_grad_(), target)
+    [found] = torch.autograd.grad(value, pred)
+
+    kept = [~h & (t < (ignore_above or math.inf)) for h, t in zip(hole, full)]
+    errors = [(p[0] - t)[k] for p, t, k in zip(pred, full, kept)]
+    everything = torch.cat(errors)
+    per_chip = torch.stack([e.square().mean().sqrt() for e in errors]).mean()
+    plain = {
+        "per_chip_rmse": per_chip,
+        "rmse": everything.square().mean().sqrt(),
+        "mae": everything.abs().mean(),
+        "huber": torch.nn.functional.huber_loss(everything, torch.zeros_like(everything), delta=25.0),
+        "rmse_focal": per_chip + 0.05 * (everything.square() * (2 * torch.sigmoid(0.2 * everything.abs()) - 1)).mean(),
+    }[name]
+    torch.testing.assert_close(value, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, pred)[0], rtol=1e-10, atol=1e-15)
+    assert not found[:, 0][hole].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_without_target_has_no_gradient(name: str) -> None:
+    pred, target = batch(7)
+    loss = make_loss(name, TARGET)(pred.requires_grad_(), torch.full_like(target, math.nan))
+    loss.backward()
+    assert loss == 0 and not pred.grad.any()
 
 
 def test_mean_over_equal_shards_is_the_batch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from engine.base.errors import ConfigError, DataError
@@ -72,5 +74,7 @@ def missing_images(chips: list[Chip]) -> dict[str, list[bool]]:
 
 
 def mean_label(chips: list[Chip]) -> dict[str, float]:
-    """Mean label of each chip, in the target's unit, read from the files."""
-    return {chip.id: float(read_label(chip).mean(dtype=np.float64)) for chip in chips}
+    """Mean label of each chip, in the target's unit, read from the files; −∞ for one without a pixel of target."""
+    labels = ((chip.id, read_label(chip)) for chip in chips)
+    return {chip: -math.inf if np.isnan(label).all() else float(np.nanmean(label, dtype=np.float64))
+            for chip, label in labels}

@@ -31,7 +31,7 @@ def find(path: Path | str, chips: Sequence[Chip], nodata_months: str, workers: i
     Under a launcher ranks share the work, and all return the same.
     """
     published = {file.path: file for file in open_index(path).files}
-    source = open_source(chips, nodata_months=nodata_months)
+    source = open_source(chips, nodata_months=nodata_months, need_target=True)
 
     def check(chip: Chip) -> str | None:
         try:

@@ -83,7 +83,7 @@ class Head(NamedTuple):
     dataset: Dataset
     values: str  # STEPS or EXACT
     sources: dict[str, tuple[int, int]]  # file name -> (size, POSIX cksum) of the TIFFs it was made from
-    label: dict[str, float] | None  # min, max, mean, std of the label, in the target's unit
+    label: dict[str, float | None] | None  # min, max, mean, std of the label, in the target's unit; None for no target
     months: np.ndarray  # [sensors, T] bool: there was a file
     nodata: np.ndarray  # [T, C] uint8: 0 no pixel of the band is nodata, 1 some are, 2 all (then without blocks)
     sizes: np.ndarray  # [T, planes] uint32: bytes of each block, 0 for none; those of static sensors in all rows alike
@@ -186,7 +186,7 @@ def encode(chip: str, split: str, dataset: Dataset, arrays: Arrays, months: np.n
     metadata = {"format": FORMAT, "version": str(VERSION), "chip": chip, "split": split, "values": values,
                 "dataset": _json(dataset.dump()),
                 "sources": _json({name: list(sources[name]) for name in sorted(sources)}),
-                "label": _json(_statistics(arrays.label))}
+                "label": _json(_statistics(arrays.label, dataset.target.nodata))}
     head = _header(metadata, tables, sum(map(len, sections)))
     head += b"".join(table.tobytes() for table in tables.values())[:-4]
     return head + struct.pack("<I", zlib.crc32(head)) + b"".join(sections)
@@ -227,9 +227,14 @@ def _planes(values: np.ndarray) -> list[bytes]:
             for plane in planes]
 
 
-def _statistics(label: np.ndarray | None) -> dict[str, float] | None:
+def _statistics(label: np.ndarray | None, nodata: float | None) -> dict[str, float | None] | None:
+    """Of what is not nodata."""
     if label is None:
         return None
+    if nodata is not None:
+        label = label[label != np.float32(nodata)]
+        if not label.size:
+            return dict.fromkeys(("min", "max", "mean", "std"))
     return {"min": float(label.min()), "max": float(label.max()), "mean": float(label.mean(dtype=np.float64)),
             "std": float(label.std(dtype=np.float64))}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import threading
 import weakref
@@ -40,6 +41,8 @@ class _Codes:
             np.stack([np.full(len(s.bands), code or 0), np.zeros(len(s.bands)) if code is None else s.code_low,
                       s.code_low], 1) for s, code in zip(sensors, nodata)]).astype(np.uint16)
         self.low = np.concatenate([sensor.code_low for sensor in sensors]).astype(np.float32)
+        target = dataset.target
+        self.no_target = math.nan if target.nodata is None else target.nodata  # NaN equals nothing
         self.scale = (1 / np.concatenate([sensor.code_span for sensor in sensors])).astype(np.float32)
 
 
@@ -101,8 +104,8 @@ class Direct:
         if stored.label_sizes.any():
             label_sizes = np.ascontiguousarray(stored.label_sizes, np.uint32)
             bad = max(bad, packed_chip.label()(
-                base, label_sizes.ctypes.data, data.tile, matrix.ctypes.data, _inflate(), scratch.planes.ctypes.data,
-                scratch.tile.ctypes.data, label.data_ptr()))
+                base, label_sizes.ctypes.data, data.tile, codes.no_target, matrix.ctypes.data, _inflate(),
+                scratch.planes.ctypes.data, scratch.tile.ctypes.data, label.data_ptr()))
         else:
             ctypes.memset(label.data_ptr(), 0, label.nbytes)  # torch would call its own threads
         if bad >= 0:

@@ -19,7 +19,7 @@ import numpy as np
 from engine.base.errors import DataError
 from engine.data.dataset import Dataset, Sensor
 from engine.data.index import Chip
-from engine.data.source import UPRIGHT, Cache, Stack, Turn, empty_stack, present_months
+from engine.data.source import ALL_NODATA, UPRIGHT, Cache, Stack, Turn, empty_stack, present_months
 from engine.data.store import chip_file
 from engine.data.store.chip_file import FIRST_STEP, LABEL, LABEL_PLANES, STATIC, is_coded
 
@@ -82,14 +82,16 @@ class PackedSource:
     """Chips of one store.  `packed` is any of its files: all are packed with the same settings.
 
     Each section of a file is compared with its checksum when this object reads it first.  Raises DataError as
-    `engine.data.store.chip_file` does, and for months without any value like `engine.data.tiff.source.TiffSource`.
+    `engine.data.store.chip_file` does, and for months without any value and labels without target like
+    `engine.data.tiff.source.TiffSource`.
     """
 
     def __init__(self, packed: Path, nodata_months: str = "fail", cache_gb: float = 0.0,
-                 backend: str = "cpu"):
+                 backend: str = "cpu", need_target: bool = False):
         head = chip_file.read_head(packed)
         self.dataset, self.values = head.dataset, head.values
         self.nodata_months = nodata_months
+        self.need_target = need_target
         self.coded = all(is_coded(sensor, self.values) for sensor in self.dataset.sensors)
         self.form = (("blocks" if self.coded else "blocks_apart") if backend == "gpu"
                      else DIRECT if self.coded else "stack")
@@ -201,6 +203,8 @@ class _Open:
         there = tuple(tuple(bool(month) for month in row) for row in head.months)
         if there != self.chip.months:
             raise DataError(f"{self.path}: holds other months than {chip_file.MANIFEST} says; {chip_file.REMEDY}")
+        if self.source.need_target and head.label is not None and head.label["mean"] is None:
+            raise DataError(f"{self.path}: {ALL_NODATA}")
         return head._replace(sources={})  # thousands of heads stay in memory
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -245,10 +249,11 @@ class _Open:
         return Stored(data, offsets, blocks, head.label_sizes, np.array(months))
 
     def label(self, out: np.ndarray, turn: Turn = UPRIGHT) -> None:
-        """Into [tile, tile] float32; zeros where the chip has none."""
+        """Into [tile, tile] float32, NaN for nodata; zeros where the chip has none."""
         sizes = self.head.label_sizes
         if sizes.any():
             _merge(_inflate(self.section(LABEL), sizes, out.size, self.path), turn, out)
+            self.head.dataset.target.hide_nodata(out)
         else:
             out.fill(0)
 
