@@ -165,8 +165,12 @@ call1() {
   stage recipe-ladder 120 bash -c '"$0" "$@" --batch 16 || "$0" "$@" --batch 8' "$python" benchmarks/model.py \
     --device $device ${dry:+--smoke} --parts training --rungs plain "compiled regions" --n 4 \
     --out "$results/recipe-ladder.jsonl"
-  stage predict 90 "$python" launch/predict.py --weights "$work/runs/recipe" --data "$work/long" --out "$work/runs/recipe/maps" \
-    --split all --precision $precision --tta id,h,v,hv --batch $batch --pictures 1 --device $device
+  stage predict 90 "$python" launch/predict.py --weights "$work/runs/recipe" --data "$work/long" \
+    --out "$work/runs/recipe/maps" --split all --precision $precision --tta id,h,v,hv --batch $batch --pictures 1 \
+    --device $device
+  # As many chips as the challenge's test set has, with four flips: is to take less than a minute, after a warm-up
+  benchmark test-set 240 inference --data "$work/data" --packed "$work/store" --parts "end to end" --variants packed \
+    --chips 2773 --tta id,h,v,hv --n 1
 }
 
 call2() {
@@ -205,6 +209,7 @@ call3() {
   benchmark lever-products 200 levers --levers products "${size[@]}"
   benchmark stages 100 model --parts stages --n 3
   benchmark attention 60 attention
+  benchmark inference 150 inference --data "$work/data" --packed "$work/store" --chips 128 --tta id,h,v,hv --n 2
   benchmark loader 80 loader --data "$work/data" --packed "$work/store" --n 2 --modes "full augmentation"
   benchmark ladder 150 model --parts training inference --n 3
   benchmark same-padding 40 same_padding

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
-_UNITS = (("chips", "chips/s", 1.0), ("bytes", "GB/s", 1e9), ("flop", "TFLOP/s", 1e12))
+_UNITS = (("chips", "chips/s", 1.0), ("pixels", "Mpixel/s", 1e6), ("bytes", "GB/s", 1e9), ("flop", "TFLOP/s", 1e12))
 _CEILINGS = {"bytes": "copy_bytes_per_s", "flop": "matmul_flop_per_s"}
 
 
