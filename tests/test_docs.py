@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
          *(ROOT / room / "README.md" for room in ("tests", "tests/golden", "kernels", "benchmarks"))]
 ROOMS = ("engine", "kernels", "configs", "benchmarks", "launch", "tests", "docs")
 NAMES = {path.name for room in ROOMS for path in (ROOT / room).rglob("*")} | {path.name for path in ROOT.iterdir()}
-NOT_HERE = {"config.yaml", "report.txt", "dataset.yaml"}  # in runs' folders, and in data's
+NOT_HERE = {"config.yaml", "report.txt", "dataset.yaml", "scene.yaml"}  # in runs' folders, and in data's
 FILES = (".json", ".npz", ".py")  # what looks like a key of a recipe, `model.py`, and is none
 USERS = {"README.md", "data.md", "datasets.md", "training.md", "predicting.md"}  # a bare `--option` is one of launch/
 

@@ -259,13 +259,13 @@ def run_script(script: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("attention",), ("same_padding",), ("model",),
+@pytest.mark.parametrize("words", [("attention",), ("same_padding",), ("model",), ("inference",),
                                    ("levers", "--together", "--levers", "stem", "upsample", "months", "static",
                                     "graph"),
                                    ("index",), ("loader",), ("loader", "--cold", "--modes", "without augmentation")],
                          ids="-".join)
 def test_it_runs(words: tuple[str, ...], tmp_path: Path) -> None:
-    if words[0] == "loader":
+    if words[0] in ("loader", "inference"):
         pytest.importorskip("cv2", reason="needs opencv-python-headless")
     if words[0] == "index" and not SHARED.is_dir():
         pytest.skip(f"{SHARED} does not exist on this machine")

@@ -4,6 +4,7 @@ BioMassters' but its own description."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +93,9 @@ def test_the_description_is_another() -> None:
 def test_forms_give_the_same_losses(place: Place) -> None:
     assert len(place.losses("run-tiff")) == 3 and np.isfinite(place.losses("run-tiff")).all()
     assert place.losses("run-exact") == place.losses("run-tiff")
-    np.testing.assert_allclose(place.losses("run-steps"), place.losses("run-tiff"), rtol=0.005)  # heights in 0.1 m
+    # Heights in 0.1 m: seen 6e-5 and 3e-5 off, and 0.006 when the weights had been stepped twice
+    np.testing.assert_allclose(place.losses("run-steps")[:2], place.losses("run-tiff")[:2], rtol=0.001)
+    np.testing.assert_allclose(place.losses("run-steps"), place.losses("run-tiff"), rtol=0.02)
     assert place.losses("run-steps") != place.losses("run-tiff")
 
 
@@ -103,10 +106,35 @@ def test_maps_are_named_and_sized_by_the_description(place: Place) -> None:
     metrics = json.loads((place.root / "maps-tiff" / "metrics.json").read_text())
     for name, image in maps.items():
         label = tifffile.imread(place.root / "tiff" / "test_target" / name)
-        rmse = np.sqrt(((image.astype(float) - label) ** 2).mean())
+        assert 0.05 < (label == -1).mean() < 0.1, "no target there"
+        rmse = np.sqrt(((image.astype(float) - label)[label != -1] ** 2).mean())
         assert metrics["chips"][name.removesuffix("_height.tif")]["rmse"] == pytest.approx(rmse, rel=1e-5)
     assert len(list((place.root / "maps-tiff" / "pictures").glob("*.png"))) == 2
     assert (place.root / "maps-tiff" / "scatter.png").exists()
+
+
+def test_labels_of_nodata_alone_are_refused_by_training_and_not_scored(place: Place) -> None:
+    data = place.root / "blank"
+    shutil.copytree(place.root / "tiff", data)
+    train, test = (sorted((data / f"{split}_target").iterdir()) for split in ("train", "test"))
+    blank = np.full((128, 128), -1, np.float32)
+    for path in (train[0], test[0]):
+        tifffile.imwrite(path, blank)
+    done = place.train("blank", "on-blank")
+    assert done.code == 2 and "Traceback" not in done.text
+    assert f"{train[0]}: every pixel of the label is nodata" in done.text
+    done = place.train("blank", "without-blank", "data.bad_chips=quarantine")
+    assert done.code == 0 and "1 chips in quarantine" in done.text, done.text
+
+    done = place.predict("run-tiff", "blank", "maps-blank")
+    assert done.code == 0, done.text
+    metrics = json.loads((place.root / "maps-blank" / "metrics.json").read_text())
+    assert metrics["metrics"]["n_chips"] == 1 and [f"{chip}_height.tif" for chip in metrics["chips"]] == [test[1].name]
+    assert len(place.maps("maps-blank")) == 2
+    tifffile.imwrite(test[1], blank)
+    done = place.predict("run-tiff", "blank", "maps-none")
+    assert done.code == 0 and not (place.root / "maps-none" / "metrics.json").exists(), done.text
+    assert len(list((place.root / "maps-none" / "pictures").glob("*.png"))) == len(place.maps("maps-none")) == 2
 
 
 def test_forms_give_the_same_maps(place: Place) -> None:
