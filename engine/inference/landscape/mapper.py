@@ -138,8 +138,7 @@ def _models(paths: Sequence[Path], options: Options, device: torch.device) -> tu
                             f"take the same images and mean the same")
         model = weights.load_model(path, device, options.backbone).eval()
         model = optimize_for_inference(model, "bf16" if options.precision == "bf16" else "fp32", options.compile)
-        alike = device.type == "cpu" and not options.compile
-        models.append(OneByOne(model, own_cores()) if alike else model)
+        models.append(OneByOne(model, own_cores()) if _alone(options, device) else model)
     return models, descriptions[0]
 
 
@@ -164,8 +163,12 @@ def _about(paths: Sequence[Path], scene: Scene, options: Options, windows: Windo
     return {"weights": [weights.identify(path) for path in paths], "tta": list(options.tta),
             "precision": options.precision, "overlap": windows.overlap, "spread": options.spread,
             "device": device.type, "compile": options.compile, "scene": scene.about(),
-            # A batch's windows are convolved together then
-            **({"batch": _batch(options, device)} if device.type == "cuda" or options.compile else {})}
+            **({} if _alone(options, device) else {"batch": _batch(options, device)})}
+
+
+def _alone(options: Options, device: torch.device) -> bool:
+    """Whether each window goes through the model by itself; else a batch's are convolved together."""
+    return device.type == "cpu" and not options.compile
 
 
 def _batch(options: Options, device: torch.device) -> int:
@@ -225,7 +228,7 @@ def _cost(scene: Scene, windows: Windows, number: int) -> float:
 class _Waiting(NamedTuple):
     """A batch on its way from the device."""
 
-    windows: list[Window]
+    places: list[tuple[int, int]]  # row and column of its windows
     seen: list[np.ndarray]
     values: torch.Tensor  # [n, layers, tile, tile], on the host when `done`
     done: Any  # torch.cuda.Event, or None
@@ -244,6 +247,7 @@ class Mapper:
         self._loader = Loader(self._source, batch_size=self._batch, device=device, backend=backend,
                               precision=options.precision, warp=False, readers=readers,
                               threads=share_of_host(threads))
+        self._alone = _alone(options, device)
         self._at_once = min(4, len(options.tta)) if device.type == "cuda" else 1
 
     def run(self, mine: Sequence[int]) -> None:
@@ -251,51 +255,49 @@ class Mapper:
         # A band takes the windows of its own row and of the one before
         rows = sorted({row for number in mine for row in (number - 1, number) if row >= 0 and self._windows.overlap}
                       | set(mine))
-        total = len(rows) * len(self._windows.columns)
-        with Progress("mapping", total, "window", quiet=rank() != 0) as progress:
-            batches = self._loader.batches(self._requests(rows))
+        batches = list(self._batches(rows))
+        last = len(self._windows.columns) - 1
+        with Progress("mapping", sum(map(len, batches)), "window", quiet=rank() != 0) as progress:
             writer = Background()
             try:
                 # After a gap in `rows` it holds an older row's end, which no band of `mine` is made of
                 blend = Blend(self._windows, self._bands.layers)
-                for row in rows:
-                    for waiting in self._predicted(row, batches):
-                        for window, values, seen in zip(waiting.windows, waiting.values.numpy(), waiting.seen):
-                            if seen.any():
-                                blend.add(window, values, seen)
-                        progress.advance(len(waiting.windows))
-                    band = blend.finish_row(row)
-                    if row in mine:
-                        writer.do(self._bands.write, row, band)
+                for waiting in self._predicted(batches):
+                    for (row, column), values, seen in zip(waiting.places, waiting.values.numpy(), waiting.seen):
+                        if seen.any():
+                            blend.add(Window(self._windows.rows[row], self._windows.columns[column]), values, seen)
+                        if column == last:
+                            band = blend.finish_row(row)
+                            if row in mine:
+                                writer.do(self._bands.write, row, band)
+                    progress.advance(len(waiting.places))
                 writer.finish()
             finally:
                 writer.close()
 
-    def _groups(self, row: int) -> Iterator[list[int]]:
-        """Columns of windows, a batch each: the same whichever rank has the row."""
+    def _batches(self, rows: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        """Windows by row and column, a batch each.  Where those of a batch are convolved together, none holds windows
+        of two rows: whichever rank has a row, its batches are the same."""
         columns = range(len(self._windows.columns))
-        return (list(columns[first:first + self._batch]) for first in columns[::self._batch])
+        runs = ([[(row, column) for row in rows for column in columns]] if self._alone else
+                [[(row, column) for column in columns] for row in rows])
+        return (run[first:first + self._batch] for run in runs for first in range(0, len(run), self._batch))
 
-    def _requests(self, rows: Sequence[int]) -> Iterator[list[Request]]:
-        for row in rows:
-            for columns in self._groups(row):
-                yield [Request(self._source.chip(row, column)) for column in columns]
-
-    def _predicted(self, row: int, batches: Iterator[Batch]) -> Iterator[_Waiting]:
-        """The batches of a row, each when the next one has been given to the device."""
+    def _predicted(self, batches: Sequence[list[tuple[int, int]]]) -> Iterator[_Waiting]:
+        """Each batch when the next one has been given to the device."""
+        requests = ([Request(self._source.chip(*place)) for place in batch] for batch in batches)
         waiting: deque[_Waiting] = deque()
-        windows = list(self._windows.in_row(row))
-        for columns in self._groups(row):
-            waiting.append(self._predict(next(batches), [windows[column] for column in columns]))
+        for places, batch in zip(batches, self._loader.batches(requests)):
+            waiting.append(self._predict(batch, places))
             if len(waiting) > 1:
                 yield _arrived(waiting.popleft())
         while waiting:
             yield _arrived(waiting.popleft())
 
-    def _predict(self, batch: Batch, windows: list[Window]) -> _Waiting:
+    def _predict(self, batch: Batch, places: list[tuple[int, int]]) -> _Waiting:
         seen = [self._source.seen.pop(chip.id) for chip in batch.chips]
         if not any(mask.any() for mask in seen):
-            return _Waiting(windows, seen, torch.empty(len(seen), self._bands.layers, 0, 0), None)
+            return _Waiting(places, seen, torch.empty(len(seen), self._bands.layers, 0, 0), None)
         options = self._options
         views = torch.cat([view for model in self._models
                            for view in predict_views(model, batch, options.tta, options.precision, self._at_once)], 1)
@@ -307,7 +309,7 @@ class Mapper:
         if values.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return _Waiting(windows, seen, host, done)
+        return _Waiting(places, seen, host, done)
 
 
 def _arrived(waiting: _Waiting) -> _Waiting:
