@@ -148,6 +148,7 @@ class Validate(Section):
 class Checkpoint(Section):
     every_steps: Positive | None = None  # besides the end of every epoch that validates
     keep: Positive = 2
+    failures: Positive = 3  # in a row, as on a full disk, that stop the run; before that it goes on without
 
 
 class Log(Section):

@@ -1,8 +1,8 @@
 """Training, from a recipe to weights: the one place that composes the rest.  Read `Trainer.run` first.
 
 A run is a list of phases; a phase is a cosine of the learning rate from the weights of the phase before; an epoch
-is a pass over the training chips in the plan's order.  State to resume from is (phase, epoch, chips) and what
-DeepSpeed holds; everything random follows from those integers.  Ranks act together: what one cannot do, none does.
+is a pass over the training chips in the plan's order.  State to resume from is (phase, epoch, chips), model
+and optimizer; everything random follows from those integers.  Ranks act together: what one cannot do, none does.
 In a steady step the host never waits for the device (at ZeRO stage 0; DeepSpeed's other stages wait for it once or
 twice): losses stay there until the log reads a window of them.
 """
@@ -20,7 +20,6 @@ import torch
 
 from engine.base.distributed import (
     StopFlag,
-    barrier,
     from_rank_0,
     local_world,
     of_all,
@@ -51,12 +50,13 @@ from engine.run.profile import Profile
 from engine.training import checkpoint
 from engine.training.batchnorm import average_statistics
 from engine.training.cut import cut, device_memory, explain
-from engine.training.engine import full_state, make_engine
+from engine.training.engine import make_engine
 from engine.training.loss_scale import LossScale
 from engine.training.losses import make_loss
 from engine.training.optim import learning_rate, set_learning_rate
 from engine.training.shown import Shown
 from engine.training.start import starting_model
+from engine.training.state import full_state
 from engine.training.window import Window
 
 
@@ -104,6 +104,7 @@ class Trainer:
         self.eval_views = chosen_views(config.validate_.tta)
         self.stop = StopFlag()
         self.background = Background()
+        self.checkpoints = checkpoint.Checkpoints(config, self.background)
         self.profile = profile or Profile(None, self.folder)
         self.lock = claim(self.folder, config, restart,
                           {"values": self.source.values, "dataset": self.dataset.dump(pictures=False)})
@@ -144,15 +145,14 @@ class Trainer:
         return metrics
 
     def _where_to_begin(self) -> tuple[Path | None, State]:
-        found = checkpoint.steps(self.folder / "checkpoints")
-        batch = self.sharding.global_batch
-        if not found:
+        found, batch = checkpoint.find(self.checkpoints.folder), self.sharding.global_batch
+        if found is None:
             return None, State(global_batch=batch)
-        state = State.from_dict(checkpoint.read_state(found[-1]))
+        path, state = found[0], State.from_dict(found[1])
         if state.global_batch != batch:
-            raise ConfigError(f"{found[-1]} was written with steps of {state.global_batch} chips, the recipe says "
+            raise ConfigError(f"{path} was written with steps of {state.global_batch} chips, the recipe says "
                               f"{batch}: some would be trained on twice; set train.global_batch: {state.global_batch}")
-        return found[-1], state
+        return path, state
 
     def _run_phase(self, phase: Phase, resume_from: Path | None) -> dict[str, float]:
         state, config = self.state, self.config
@@ -176,8 +176,7 @@ class Trainer:
             self.window = Window(self.log, train_loader, progress, self.sharding.global_batch)
             while state.epoch < phase.epochs:
                 metrics = self._run_epoch(phase, batches, eval_loader, progress) or metrics
-        self.background.finish()
-        barrier()  # the next phase begins with weights that rank 0 has written
+        self.checkpoints.finish()  # the next phase begins with weights that rank 0 has written
         self.engine.destroy()
         state.phase, state.epoch, state.best = state.phase + 1, 0, float("inf")
         return metrics
@@ -346,16 +345,15 @@ class Trainer:
             notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics),
                      "dataset": json.dumps(self.dataset.dump())}
             paths = [self.folder / "weights" / f"{name}.safetensors" for name in names]
-            self.background.do(weights.save_weights, paths[0], state, model.config(), notes)
-            self.background.do(hard_link, paths[0], paths[1:])
+            self.checkpoints.before(weights.save_weights, paths[0], state, model.config(), notes)
+            self.checkpoints.before(hard_link, paths[0], paths[1:])
 
     def _flush(self) -> None:
         self.state.skipped += self.window.flush(self.state.step, self.state.skipped)
 
     def _save(self) -> None:
         average_statistics(self.engine.module)
-        checkpoint.save(self.engine, self.folder / "checkpoints", self.state.step, asdict(self.state),
-                        self.config.checkpoint.keep, first=self.background.finish)
+        self.checkpoints.save(self.engine, self.state.step, asdict(self.state))
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         self.stop.asked = True
@@ -363,6 +361,7 @@ class Trainer:
     def _save_and_stop(self) -> None:
         self._flush()
         self._save()
+        self.checkpoints.finish()
         raise Stopped(f"stopped after step {self.state.step} with everything saved in {self.folder}; "
                       f"the same command goes on from here")
 

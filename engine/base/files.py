@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -59,3 +60,12 @@ def fsync(path: Path) -> None:
 def write_text(path: Path | str, text: str) -> None:
     with atomic_write(path) as handle:
         handle.write(text.encode())
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while data := handle.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ file's name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,8 +69,9 @@ def _head(path: Path) -> bytes:
         return handle.read(9)
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> None:
-    """Write tensors and texts as one safetensors file; atomic, and the same bytes for the same content.
+def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
+    """Write tensors and texts as one safetensors file; atomic, and the same bytes for the same content.  Returns the
+    SHA-256 of what was meant to be written, in hexadecimal.
 
     Tensor by tensor, where the library would first put the whole file together in memory and stop all threads for it
     (1.4 s for the real model here).  Format: https://github.com/huggingface/safetensors#format.
@@ -82,11 +84,17 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: 
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with atomic_write(path) as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+
+        def put(data: Any) -> None:
+            handle.write(data)
+            digest.update(data)
+
+        put(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
-            flat = tensor.detach().to("cpu").contiguous().view(-1)
-            handle.write(flat.view(torch.uint8).numpy())  # type: ignore[call-overload]  # a buffer, to mypy from 3.12 on
+            put(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _from_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 
 class Background:
-    """One thread that does one thing after the other.  What failed is raised by the next call."""
+    """One thread that does one thing after the other.  What failed is raised by the next call, and what was asked after
+    it is not done."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="background")
@@ -17,8 +18,13 @@ class Background:
     def do(self, work: Callable[..., Any], *args: Any) -> None:
         """Do `work(*args)` later.  What was asked before the last call has been done when this returns, so that no more
         than two results are held in memory."""
+        self.make_room()
+        before = self._waiting[-1] if self._waiting else None
+        self._waiting.append(self._pool.submit(_unless_failed, before, work, *args))
+
+    def make_room(self) -> None:
+        """Wait, as `do` would, before what is handed to it is made."""
         self._keep(1)
-        self._waiting.append(self._pool.submit(work, *args))
 
     def finish(self) -> None:
         """Wait until everything is done."""
@@ -30,3 +36,8 @@ class Background:
     def _keep(self, most: int) -> None:
         while len(self._waiting) > most:
             self._waiting.pop(0).result()
+
+
+def _unless_failed(before: Future[Any] | None, work: Callable[..., Any], *args: Any) -> None:
+    if before is None or before.exception() is None:
+        work(*args)

@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from engine.base.distributed import rank, world
+from engine.base.distributed import world
 from engine.config import Config
 from engine.data.plan import Sharding
 from engine.model.compilation import checkpoint_regions, compile_regions
@@ -43,13 +43,3 @@ def make_engine(model: BiomassUNet, config: Config, sharding: Sharding, device: 
         if world() > 1:
             reducer = Reducer(model, torch.bfloat16 if train.reduce_dtype == "bf16" else torch.float32)
     return engine, reducer
-
-
-def full_state(engine: Any) -> dict[str, torch.Tensor]:
-    """The model's state dict on the CPU, float32, whole at every ZeRO stage: on rank 0; elsewhere nothing is copied."""
-    module = engine.module
-    with deepspeed.zero.GatheredParameters(list(module.parameters()),
-                                           enabled=engine.zero_optimization_stage() == 3):
-        if rank() != 0:
-            return {}
-        return {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}

@@ -72,6 +72,17 @@ def test_a_recipe_claims_its_folder_and_no_other_does(tmp_path: Path) -> None:
     lock.close()
 
 
+def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+    for train in ({}, {"zero_stage": 3}, {"precision": "fp32"}, {"micro_batch": 4}, {"timeout_s": 60}):
+        lock = claim(tmp_path / "run", parse_config({
+            "data": {"path": "/none"}, "run": {"folder": str(tmp_path)}, "train": train}, "a test"), False, DATA)
+        assert lock is not None
+        lock.close()
+    with pytest.raises(ConfigError, match="another recipe .train.global_batch changed."):
+        claim(tmp_path / "run", parse_config({"data": {"path": "/none"}, "run": {"folder": str(tmp_path)},
+                                              "train": {"timeout_s": 60, "global_batch": 4}}, "a test"), False, DATA)
+
+
 def test_a_restart_does_not_empty_a_folder_that_is_no_run(tmp_path: Path) -> None:
     mine = config(tmp_path)
     mine.run_folder.mkdir()
@@ -130,13 +141,14 @@ def test_work_beside_training_raises_what_failed_at_the_next_call() -> None:
     def full() -> None:
         raise OSError(28, "No space left on device")
 
-    background = Background()
+    background, done = Background(), []
     background.do(full)
-    background.do(int)
+    background.do(done.append, "counts on it")
     with pytest.raises(OSError, match="No space left"):
         background.do(int)
     background.do(full)
     with pytest.raises(OSError, match="No space left"):
         background.finish()
     background.finish()  # said once
+    assert not done
     background.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from engine.base.errors import ConfigError
 from engine.data.plan import Sharding
 from engine.trainer import State, Trainer
-from engine.training.checkpoint import STATE
+from engine.training import checkpoint
 from tests.hosts import Rank, history, started, torchrun
 
 pytestmark = pytest.mark.slow
@@ -74,18 +73,18 @@ def keep_buffers() -> None:
     from engine import trainer
     from engine.training import checkpoint
 
-    average, save, averaged = trainer.average_statistics, checkpoint.save, [0]
+    average, save, averaged = trainer.average_statistics, checkpoint.Checkpoints.save, [0]
 
     def counted(model):  # type: ignore[no-untyped-def]
         averaged[0] += 1
         average(model)
 
-    def saved(engine, folder, step, *args, **more):  # type: ignore[no-untyped-def]
+    def saved(self, engine, step, state):  # type: ignore[no-untyped-def]
         torch.save((averaged[0], dict(engine.module.named_buffers())),
-                   folder.parent / f"buffers-{step}-{os.environ['RANK']}.pt")
-        return save(engine, folder, step, *args, **more)
+                   self.folder.parent / f"buffers-{step}-{os.environ['RANK']}.pt")
+        save(self, engine, step, state)
 
-    trainer.average_statistics, checkpoint.save = counted, saved
+    trainer.average_statistics, checkpoint.Checkpoints.save = counted, saved  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,7 @@ def die_before_the_fourth_step() -> None:
 def see_no_checkpoint() -> None:
     from engine.training import checkpoint
 
-    checkpoint.steps = lambda folder: []
+    checkpoint.find = lambda folder: None
 
 
 @pytest.fixture(scope="module")
@@ -196,35 +195,41 @@ def killed(folder: Path, sample: Path) -> Iterator[Path]:
     yield folder / "killed"
 
 
-def test_one_rank_goes_on_where_two_were_killed(one: Path, killed: Path, folder: Path, sample: Path) -> None:
+def test_one_rank_goes_on_at_another_stage_where_two_were_killed(one: Path, killed: Path, folder: Path,
+                                                                 sample: Path) -> None:
     assert len(history(killed / "run")) == 3
     path = recipe(folder / "alone", sample)
     shutil.copytree(killed / "run", folder / "alone" / "run")
     with started(folder / "log", "train", "--config", path, "--set", "train.global_batch=2", variables=[{}]) as ranks:
         assert ranks[0].wait() == 2 and "another recipe (train.global_batch changed)" in ranks[0].text()
-    with started(folder / "log", "train", "--config", path, variables=[{}]) as ranks:
+    with started(folder / "log", "train", "--config", path, "--set", "train.zero_stage=3", variables=[{}]) as ranks:
         assert "resumed from" in succeed(ranks)
     np.testing.assert_allclose(losses(folder / "alone" / "run"), losses(one), rtol=1e-4)
 
 
 def test_all_go_on_from_where_rank_0_does(one: Path, killed: Path, folder: Path, sample: Path) -> None:
-    path = recipe(folder / "together", sample)
-    shutil.copytree(killed / "run", folder / "together" / "run")
-    with started(folder / "log", "train", "--config", path, "--set", "train.timeout_s=60", variables=torchrun(2),
-                 before={1: see_no_checkpoint}) as ranks:
-        assert "resumed from" in succeed(ranks)
-    np.testing.assert_allclose(losses(folder / "together" / "run"), losses(one), rtol=1e-4)
+    """Which is the newest that is whole; and at another ZeRO stage."""
+    path, run = recipe(folder / "together", sample), folder / "together" / "run"
+    shutil.copytree(killed / "run", run)
+    newest, older = sorted((run / "checkpoints").iterdir(), reverse=True)[:2]
+    (newest / checkpoint.OPTIMIZER).write_bytes(b"")
+    with started(folder / "log", "train", "--config", path, "--set", "train.timeout_s=60", "--set",
+                 "train.zero_stage=2", variables=torchrun(2), before={1: see_no_checkpoint}) as ranks:
+        assert f"resumed from {older}" in succeed(ranks)
+        assert f"WARNING: {newest} is damaged (optimizer.safetensors has 0 bytes" in ranks[0].text()
+    assert (newest.with_name(f"{newest.name}.damaged") / checkpoint.NOTE).exists()
+    np.testing.assert_allclose(losses(run), losses(one), rtol=1e-4)
 
 
 def test_a_state_of_another_global_batch_is_refused(tmp_path: Path) -> None:
     """Even where the recipe in the run's folder does not tell."""
-    step = tmp_path / "checkpoints" / "step-00000003"
-    step.mkdir(parents=True)
-    (step / STATE).write_text(json.dumps(asdict(State(epoch=1, chips=4, step=3, global_batch=4))))
+    state = asdict(State(epoch=1, chips=4, step=3, global_batch=4))
+    checkpoint.write(tmp_path, 3, {}, {"state": state}, keep=1)
     begin: Any = Trainer._where_to_begin
-    assert begin(SimpleNamespace(folder=tmp_path, sharding=Sharding(1, 2, 2)))[1].chips == 4
+    saved = SimpleNamespace(folder=tmp_path)
+    assert begin(SimpleNamespace(checkpoints=saved, sharding=Sharding(1, 2, 2)))[1].chips == 4
     with pytest.raises(ConfigError, match=r"step-00000003 was written with steps of 4 chips, .* says 2: .* twice"):
-        begin(SimpleNamespace(folder=tmp_path, sharding=Sharding(1, 1, 2)))
+        begin(SimpleNamespace(checkpoints=saved, sharding=Sharding(1, 1, 2)))
 
 
 # What cannot be one run -------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from engine.base.progress import Progress
 from engine.config import ConfigError, load_config
 from engine.data.fetch.s3 import connect
 from engine.data.index import open_index
-from engine.training import checkpoint
 from engine.training.window import Window
 from tests.conftest import ROOT
 
@@ -103,25 +102,6 @@ def test_an_empty_recipe_lacks_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match=r"r.yaml: .*data"):
         load_config(tmp_path / "r.yaml", [])
-
-
-class Checkpoints:
-    """DeepSpeed's engine as `engine.training.checkpoint` sees it."""
-
-    def __init__(self, error: Exception | None = None):
-        self.error = error
-
-    def load_checkpoint(self, *_: object, **__: object) -> tuple[None, dict]:
-        if self.error:
-            raise self.error
-        return None, {}
-
-
-def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="step-1: not a checkpoint; delete it"):
-        checkpoint.load(Checkpoints(), tmp_path / "step-1")
-    with pytest.raises(EngineError, match=r"step-1: cannot be resumed from \(ValueError: of 3 ranks\); resume"):
-        checkpoint.load(Checkpoints(ValueError("of 3 ranks")), tmp_path / "step-1")
 
 
 class Nowhere:

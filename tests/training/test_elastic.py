@@ -1,0 +1,160 @@
+"""What one number of ranks and ZeRO stage has saved, any other goes on with: all pairs, with DeepSpeed as the engine
+makes it, around a small model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from engine.base.distributed import join, leave, rank, world
+from engine.config import parse_config
+from engine.data.plan import Sharding
+from engine.training import checkpoint
+from engine.training.batchnorm import average_statistics
+from engine.training.checkpoint import MODEL, OPTIMIZER
+from engine.training.engine import make_engine
+from engine.training.state import full_state, optimizer_state
+from tests.conftest import free_port
+from tests.hosts import forks
+
+WAYS = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
+PAIRS = list(itertools.product(WAYS, WAYS))
+
+
+class Model(nn.Module):
+    """Sizes that do not divide by two, a number alone, buffers, a parameter that is never used and one that is frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+        self.head = nn.Conv2d(5, 1, 1)
+        self.unused = nn.Parameter(torch.ones(3, 3))
+        self.frozen = nn.Parameter(torch.full((3,), 2.0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+def made(stage: int) -> tuple[Any, Any]:
+    recipe = {"data": {"path": "/none"}, "optimizer": {"lr": 0.01},
+              "train": {"zero_stage": stage, "precision": "fp32", "global_batch": 4, "micro_batch": 2},
+              "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 10}} if stage == 3 else {}}
+    torch.manual_seed(0)
+    sharding = Sharding(2, 2 // world(), world(), rank())
+    model: Any = Model()
+    return make_engine(model, parse_config(recipe, "a test"), sharding, torch.device("cpu"), lambda text: None)
+
+
+def train(engine: Any, reducer: Any, *steps: int) -> list[float]:
+    """As `Trainer._train_step` does, two chips a micro-batch; losses of all micro-batches of these steps."""
+    losses = []
+    for step in steps:
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        own = images.split(2)[rank()::world()]
+        for turn, x in enumerate(own):
+            loss = (engine(x) - x.mean()).square().mean()
+            if reducer is not None and turn + 1 == len(own):
+                reducer.begin()
+            engine.backward(loss)
+            if reducer is not None and turn + 1 == len(own):
+                reducer.finish()
+            if engine.zero_optimization_stage() == 0 and turn + 1 == len(own):
+                torch.nn.utils.clip_grad_norm_(engine.module.parameters(), 5.0)
+            engine.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def keep(engine: Any, path: Path, step: int) -> None:
+    average_statistics(engine.module)
+    tensors = {MODEL: full_state(engine), OPTIMIZER: optimizer_state(engine)}
+    if rank() == 0:
+        checkpoint.write(path, step, tensors, {"state": {}}, 9)
+
+
+def name(way: tuple[int, int]) -> str:
+    return f"{way[0]}-{way[1]}"
+
+
+def work(process: int, ranks: int, port: str, folder: Path, first: bool) -> None:
+    os.environ.update(RANK=str(process), WORLD_SIZE=str(ranks), LOCAL_RANK=str(process), LOCAL_WORLD_SIZE=str(ranks),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    join("cpu", timeout=60)
+    losses = {}
+    for way in (way for way in WAYS if way[0] == ranks):
+        if first:
+            engine, reducer = made(way[1])
+            train(engine, reducer, 0, 1)
+            keep(engine, folder / name(way), 2)
+            losses[name(way)] = train(engine, reducer, 2, 3)
+            keep(engine, folder / name(way), 4)
+            engine.destroy()
+            continue
+        for before in WAYS:
+            engine, reducer = made(way[1])
+            checkpoint.load(engine, folder / name(before) / "step-00000002")
+            pair = folder / f"{name(before)}-then-{name(way)}"
+            keep(engine, pair, 2)
+            losses[pair.name] = train(engine, reducer, 2, 3)
+            keep(engine, pair, 4)
+            engine.destroy()
+    (folder / f"losses-{ranks}-{process}-{first}.json").write_text(json.dumps(losses))
+    leave()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each way `R-S`: checkpoints after two steps and after four.  Of each pair `R-S-then-R-S` one of what was
+    loaded from the former, and one after two steps more."""
+    path = tmp_path_factory.mktemp("elastic")
+    for first in (True, False):
+        for ranks in (1, 2):
+            port = str(free_port())
+            processes = [forks().Process(target=work, args=(i, ranks, port, path, first)) for i in range(ranks)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(200)
+            assert [process.exitcode for process in processes] == [0] * ranks
+    return path
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    path = folder / f"step-{step:08d}"
+    return {**load_file(path / MODEL), **load_file(path / OPTIMIZER)}
+
+
+def losses(folder: Path, key: str, ranks: int, first: bool) -> list[float]:
+    """Of all micro-batches, in the order of the chips."""
+    by_rank = [json.loads((folder / f"losses-{ranks}-{i}-{first}.json").read_text())[key] for i in range(ranks)]
+    return [loss for together in zip(*by_rank) for loss in together]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda way: name(way))
+def test_any_goes_on_with_what_any_saved(folder: Path, before: tuple[int, int], after: tuple[int, int]) -> None:
+    pair = f"{name(before)}-then-{name(after)}"
+    saved, loaded = tensors(folder / name(before), 2), tensors(folder / pair, 2)
+    assert {key: value for key, value in loaded.items() if not key.startswith("unused.")}.keys() == {
+        key: value for key, value in saved.items() if not key.startswith("unused.")}.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in saved.items())  # moved, not computed with
+    assert float(saved["conv.weight.exp_avg_sq"].max()) > 0 and float(saved["conv.weight.step"]) == 2
+    assert float((saved["norm.running_mean"]).abs().max()) > 0 and "num_batches_tracked" in "".join(saved)
+    whole, ours = tensors(folder / name(before), 4), tensors(folder / pair, 4)
+    assert (before != after) or all(torch.equal(ours[key], value) for key, value in whole.items())
+    for key, value in whole.items():
+        if value.is_floating_point() and "running" not in key and not key.startswith("unused"):
+            torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+    torch.testing.assert_close(torch.tensor(losses(folder, pair, after[0], False)),
+                               torch.tensor(losses(folder, name(before), before[0], True)), rtol=1e-5, atol=1e-6)
