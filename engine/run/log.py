@@ -1,12 +1,13 @@
 """What a run leaves behind to be read: `history.jsonl` (every step's numbers), TensorBoard events, pictures.
 
 Rank 0 writes; on other ranks every call does nothing.  After a resume both files go back to the checkpoint's step,
-so an interrupted run reads like an uninterrupted one.
+so an interrupted run reads like an uninterrupted one.  On a full disk lines wait until there is room.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 
 from engine.base.distributed import rank
 from engine.base.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -28,8 +31,9 @@ class RunLog:
         old = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in map(_parsed, old) if line and line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._history = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._history = path.open("ab", buffering=0)
+        self._unwritten, self._full = b"", False
+        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def steps(self, first: int, columns: dict[str, list[float]]) -> None:
         """One history line a step from step `first` on; the mean of each column goes to TensorBoard."""
@@ -38,36 +42,57 @@ class RunLog:
         rows = list(zip(*columns.values()))
         for i, row in enumerate(rows):
             self._line({"kind": "step", "step": first + i, **dict(zip(columns, row))})
-        self._history.flush()
+        self._flush()
         for name, values in columns.items():
-            self._board.add_scalar(f"train/{name}", float(np.mean(values)), first + len(rows) - 1)
+            self._show("add_scalar", f"train/{name}", float(np.mean(values)), first + len(rows) - 1)
 
     def scalars(self, kind: str, step: int, values: dict[str, float], history: bool = True) -> None:
         if self._history is None:
             return
         if history:
             self._line({"kind": kind, "step": step, **values})
-            self._history.flush()
+            self._flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._show("add_scalar", f"{kind}/{name}", value, step)
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """`image` [H, W, 3] uint8."""
         if self._history is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._show("add_image", name, image, step, dataformats="HWC")
 
     def text(self, name: str, step: int, text: str) -> None:
         if self._history is not None:
-            self._board.add_text(name, text, step)
+            self._show("add_text", name, text, step)
 
     def close(self) -> None:
         if self._history is not None:
+            self._flush()
             self._history.close()
-            self._board.close()
+            self._show("close")
+
+    def _show(self, call: str, *args: Any, **more: Any) -> None:
+        """A call of TensorBoard's writer, which fails for ever after the disk was full once."""
+        try:
+            if self._board is not None:
+                getattr(self._board, call)(*args, **more)
+        except OSError as error:
+            self._board = None
+            log.warning(f"TensorBoard's file cannot be written ({error}): no more curves and pictures until the run is "
+                        f"started again; history.jsonl has the numbers")
 
     def _line(self, row: dict[str, Any]) -> None:
+        self._unwritten += (json.dumps(row) + "\n").encode()
+
+    def _flush(self) -> None:
         assert self._history is not None
-        self._history.write(json.dumps(row) + "\n")
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._history.write(self._unwritten):]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                log.warning(f"{self._history.name} cannot be written ({error}): its lines wait until it can")
+            self._full = True
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -132,7 +132,8 @@ def _on_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     copies = {}
     for name, value in tensors:  # on all ranks: they are put together as they come
         if rank() == 0:
-            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            # Strides too: another layout would take a copy of its own, and a wait for each
+            copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, pin_memory=value.is_cuda)
             copies[name] = copy.copy_(value.detach(), non_blocking=True)
     if any(copy.is_pinned() for copy in copies.values()):
         torch.cuda.current_stream().synchronize()

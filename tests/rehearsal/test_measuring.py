@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.run.profile import Profile
+from engine.training.state import _on_host
 from engine.training.window import _peak_memory
 from tests.conftest import ROOT
 from tests.rehearsal.device import Device
@@ -37,6 +38,20 @@ def test_a_profile_asks_for_cudas_activities(tmp_path: Path) -> None:
         assert [wait.partition(" (")[0] for wait in device.waits] == ["synchronize"]
     assert "aten::mul" in (tmp_path / "profile" / "steps-1-3.txt").read_text()
     assert (tmp_path / "profile" / "steps-1-3.json.gz").stat().st_size > 0
+
+
+def test_a_checkpoint_is_of_what_was_before_the_next_update() -> None:
+    """And the host waits once for all its tensors."""
+    with Device(late=True) as device:
+        weights = {str(n): torch.full((2, 3, 4, 4), float(n)).to(memory_format=torch.channels_last).to("cuda")
+                   for n in range(3)}
+        device.waits.clear()
+        copies = _on_host(weights.items())
+        for weight in weights.values():
+            weight.add_(1)
+        assert [wait.partition(" (")[0] for wait in device.waits] == ["a stream's synchronize"]
+        device.finish()
+        assert all(copy.is_pinned() and (copy == int(n)).all() for n, copy in copies.items()) and len(copies) == 3
 
 
 # The harness --------------------------------------------------------------------------------------------------------

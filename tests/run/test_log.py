@@ -1,0 +1,63 @@
+"""What a run leaves to be read outlives a full disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.run.log import RunLog
+
+
+class Full:
+    """A file on a disk that has room for so many bytes."""
+
+    def __init__(self, real, room: int):  # type: ignore[no-untyped-def]
+        self.real, self.room, self.name = real, room, real.name
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.real.write(data[:self.room])
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self.real.close()
+
+
+class Board:
+    def __getattr__(self, call: str) -> object:
+        raise OSError(28, "No space left on device")
+
+
+def rows(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_lines_wait_for_room_on_the_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = RunLog(tmp_path, 0)
+    log.steps(1, {"loss": [1.0]})
+    full = log._history = Full(log._history, 20)  # type: ignore[assignment]
+    for step in (2, 3):
+        log.steps(step, {"loss": [float(step)]})
+    assert (tmp_path / "history.jsonl").read_bytes().count(b"\n") == 1
+    [record] = caplog.records
+    assert "history.jsonl cannot be written" in record.message and "its lines wait" in record.message
+    full.room = 10**6
+    log.scalars("validation", 3, {"loss": 4.0})
+    assert rows(tmp_path) == [1, 2, 3, 4]
+    log.close()
+
+
+def test_a_board_that_cannot_be_written_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = RunLog(tmp_path, 0)
+    log._board.close()
+    log._board = Board()
+    for step in (1, 2):
+        log.steps(step, {"loss": [float(step)]})
+    log.close()
+    assert rows(tmp_path) == [1, 2]
+    [record] = caplog.records
+    assert "no more curves and pictures" in record.message
