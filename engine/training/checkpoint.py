@@ -170,7 +170,7 @@ class Checkpoints:
             self._failed = 0
         except OSError as error:
             self._failed, self._why = self._failed + 1, str(error)
-            log.warning(f"a checkpoint could not be written ({error}), to be tried again with the next; "
+            log.warning(f"{self.folder}: a checkpoint could not be written ({error}), to be tried again with the next; "
                         f"{self._last_good()}")
 
     def _give_up_after(self, failures: int) -> None:

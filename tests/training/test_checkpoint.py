@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from engine.run.background import Background
 from engine.training import checkpoint
 from engine.training.checkpoint import DEEPSPEEDS, MODEL, NOTE, OPTIMIZER, Checkpoints, find, load, steps, write
 from engine.training.state import full_state, optimizer_state
+from tests.hosts import forks
 
 FILES = (NOTE, MODEL, OPTIMIZER)
 
@@ -56,6 +59,29 @@ def test_a_step_that_is_there_is_not_written_again(folder: Path) -> None:
     before = (folder / "step-00000007" / NOTE).stat().st_mtime_ns
     save(folder, 7)
     assert (folder / "step-00000007" / NOTE).stat().st_mtime_ns == before
+
+
+def die_while_writing(folder: Path) -> None:
+    real = checkpoint.write_tensors
+
+    def fatal(path: Path, *args: Any) -> str:
+        if path.name == OPTIMIZER:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, *args)
+
+    checkpoint.write_tensors = fatal  # type: ignore[assignment]
+    save(folder, 9)
+
+
+def test_a_kill_while_it_is_written_leaves_the_one_before(folder: Path) -> None:
+    process = forks().Process(target=die_while_writing, args=(folder,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+    assert (folder / ".step-00000009.part" / MODEL).exists() and not (folder / "step-00000009").exists()
+    assert find(folder)[0].name == "step-00000007"  # type: ignore[index]
+    save(folder, 8)
+    assert not list(folder.glob(".*")) and find(folder)[0].name == "step-00000008"  # type: ignore[index]
 
 
 # Damage -----------------------------------------------------------------------------------------------------------
