@@ -322,6 +322,21 @@ def test_what_is_written_is_what_was_when_it_was_asked_for(config: Config, backg
     assert same(contents(other), before) and not same(contents(made), before)
 
 
+def test_no_more_than_two_copies_are_held(config: Config, background: Background,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    go, real, copied = threading.Event(), checkpoint.write_tensors, []
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *args: go.wait(60) and real(*args))
+    monkeypatch.setattr(checkpoint, "full_state", lambda made: copied.append(go.is_set()) or full_state(made))
+    made, saved = engine(0), Checkpoints(config, background)
+    saved.save(made, 1, {})
+    saved.save(made, 2, {})
+    threading.Timer(0.2, go.set).start()
+    saved.save(made, 3, {})
+    assert copied == [False, False, True]
+    saved.finish()
+    assert [path.name for path in steps(saved.folder)] == ["step-00000002", "step-00000003"]
+
+
 def test_a_full_disk_costs_checkpoints_and_not_the_run(config: Config, background: Background, full: list[bool],
                                                        caplog: pytest.LogCaptureFixture) -> None:
     made, saved = engine(0), Checkpoints(config, background)
