@@ -10,7 +10,6 @@ twice): losses stay there until the log reads a window of them.
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,7 +120,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train all phases, or what is left of them.  Returns the last validation's metrics.
 
-        Raises Stopped, with everything saved, after SIGTERM or SIGINT.
+        Raises Stopped, with everything saved, where `engine.base.stopping` says so.
         """
         found = None
         with together():
@@ -129,15 +128,12 @@ class Trainer:
                 found = self._where_to_begin()
         resume_from, self.state = from_rank_0(found)
         self.log = RunLog(self.folder, self.state.step)
-        old = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         metrics: dict[str, float] = {}
         try:
             while self.state.phase < len(self.config.phases):
                 metrics = self._run_phase(self.config.phases[self.state.phase], resume_from)
                 resume_from = None
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
             self.background.close()
             self.log.close()
             if self.lock is not None:
@@ -308,7 +304,7 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
             table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
                                   tta=self.eval_views, precision=config.train.precision, device=self.device,
-                                  each=shown.add)
+                                  each=lambda *batch: self._seen(shown, *batch))
         metrics = table.metrics()
         # Chips that were trained on do not choose weights
         judged = phase.train_on == "fold" or config.data.overfit
@@ -324,6 +320,12 @@ class Trainer:
                      f"{len(self.val_chips)} chips), pooled {metrics['rmse_pooled']:.2f}, predicting the mean "
                      f"{metrics['rmse_of_mean']:.2f}{'' if judged else ', on chips seen in training'}")
         return metrics
+
+    def _seen(self, shown: Shown, batch: Batch, prediction: torch.Tensor) -> None:
+        shown.add(batch, prediction)
+        if self.stop.agreed():  # the epoch is trained and not validated: so is what is saved
+            self.state.epoch, self.state.chips = self.state.epoch - 1, self.steps_per_epoch * self.sharding.global_batch
+            self._save_and_stop()
 
     def _show(self, shown: Shown) -> None:
         predictions, step = shown.reduce(), self.state.step
@@ -354,9 +356,6 @@ class Trainer:
     def _save(self) -> None:
         average_statistics(self.engine.module)
         self.checkpoints.save(self.engine, self.state.step, asdict(self.state))
-
-    def _ask_to_stop(self, number: int, frame: object) -> None:
-        self.stop.asked = True
 
     def _save_and_stop(self) -> None:
         self._flush()

@@ -17,6 +17,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="print and check what would be done")
     parser.add_argument("--profile", metavar="steps=A:B", help="profile these steps into the run's folder")
+    parser.add_argument("--max-time", metavar="3h50m",
+                        help="save and stop after so long, with exit status 143: for queues that end jobs")
     parser.add_argument("--restart", action="store_true", help="delete the run of this name and begin again")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
@@ -24,6 +26,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from engine.base.distributed import join, rank
+    from engine.base.stopping import ASKED, parse_time
     from engine.config import load_config
 
     config = load_config(args.config, args.set)
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if rank() == 0:
             print(describe(config))
         return 0
+    ASKED.listen(parse_time(args.max_time) if args.max_time else None)
     device = join(config.train.device, config.train.timeout_s)  # DeepSpeed, when imported, picks its device too
     from engine.run.profile import Profile, parse_window
     from engine.trainer import Trainer

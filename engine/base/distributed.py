@@ -19,6 +19,7 @@ import torch.distributed as dist
 from engine.base import launchers
 from engine.base.errors import ConfigError, DeviceError, EngineError
 from engine.base.launchers import Place
+from engine.base.stopping import ASKED, Asked, follow_launcher
 from engine.base.watch import Watch
 
 
@@ -44,6 +45,7 @@ def join(wanted: str, timeout: float = 600.0) -> torch.device:
     ConfigError where the launcher does not say which rank this is, or the others are not met.
     """
     place = launchers.place(os.environ)
+    follow_launcher()
     device, trouble = torch.device("cpu"), None
     try:
         device = own_device(wanted, place.local_rank, place.local_world)
@@ -314,12 +316,12 @@ class StopFlag:
 
     GO, STOP, FAILED = range(3)
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, asked: Asked = ASKED) -> None:
+        self.asked = asked
 
     def agreed(self) -> bool:
         """Whether to stop.  Raises Elsewhere where a rank has said `failed`."""
-        state = self._most(self.STOP if self.asked else self.GO)
+        state = self._most(self.STOP if self.asked.now else self.GO)
         if state == self.FAILED:
             with together():  # they say why
                 pass

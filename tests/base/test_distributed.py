@@ -27,6 +27,7 @@ from engine.base.distributed import (
     world,
 )
 from engine.base.errors import DataError
+from engine.base.stopping import Asked
 from engine.inference.metrics import ChipTable
 from engine.training.batchnorm import average_statistics
 
@@ -57,9 +58,9 @@ def _two(process: int, port: str) -> None:
             expected = (both[0] + both[1]) / 2 if before.is_floating_point() else before
             torch.testing.assert_close(after, expected)
 
-        stop = StopFlag()
+        stop = StopFlag(Asked())
         assert not stop.agreed()
-        stop.asked = process == 1  # SIGTERM reaches one rank first
+        stop.asked.now = process == 1  # SIGTERM reaches one rank first
         assert stop.agreed()
 
         for group in (dist.group.WORLD, _Joined.host_group):
