@@ -13,6 +13,7 @@ from typing import Any
 from engine.base.errors import EngineError
 
 STOPPED = 143  # as a shell reports SIGTERM: the work is not done
+CLOSED = 141  # as SIGPIPE: who read what is printed has enough, as `head` has
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
@@ -28,6 +29,9 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
         code = STOPPED if type(error).__name__ == "Stopped" else 2
         _say(f"{parser.prog}: {error}")
         _ranks("leave") if code == STOPPED else _ranks("abandon", error)
+    except BrokenPipeError as error:
+        code = CLOSED
+        _ranks("abandon", error)
     except KeyboardInterrupt as error:
         code = 130
         _say(f"{parser.prog}: interrupted")
@@ -40,7 +44,12 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
             _say(f"{parser.prog}: stopped by {reason}")
         else:
             traceback.print_exc()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = CLOSED
+    if code == CLOSED:  # or Python would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stderr.flush()
     if code and code != STOPPED and _ranks("alone") is False:
         os._exit(code)  # what Python ends by itself would wait for ranks that have left
