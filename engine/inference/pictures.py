@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from engine.base.errors import DataError
 from engine.base.files import atomic_write
 from engine.data.dataset import Dataset, Picture, Target
 from engine.data.source import Stack
@@ -165,10 +166,14 @@ class Scatter:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """As PNG.  Raises DataError where it cannot be written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    with atomic_write(path) as handle:
-        handle.write(buffer.getvalue())
+    try:
+        with atomic_write(path) as handle:
+            handle.write(buffer.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); make room, or write elsewhere") from None
 
 
 def pixels(figure: Figure) -> np.ndarray:

@@ -259,7 +259,7 @@ def run_script(script: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("attention",), ("same_padding",), ("model",), ("inference",),
+@pytest.mark.parametrize("words", [("attention",), ("same_padding",), ("model",), ("inference",), ("landscape",),
                                    ("levers", "--together", "--levers", "stem", "upsample", "months", "static",
                                     "graph"),
                                    ("index",), ("loader",), ("loader", "--cold", "--modes", "without augmentation")],

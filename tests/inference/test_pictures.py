@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from engine.base.errors import DataError
 from engine.data.biomassters import BIOMASSTERS, TILE, T
 from engine.data.index import open_index
 from engine.data.source import Stack, empty_stack
@@ -124,3 +126,9 @@ def test_a_map_is_written_as_the_challenge_wants_it(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((TILE, TILE), np.float32)
     tiff.write_map(tmp_path / "m.tif", values)
     np.testing.assert_array_equal(tifffile.imread(tmp_path / "m.tif"), values)
+
+
+def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/look.png: cannot be written \(.*\); make room, or write elsewhere"):
+        save(Figure(), tmp_path / "file" / "look.png")

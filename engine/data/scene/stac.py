@@ -63,8 +63,8 @@ def _read(path: Path) -> list[Any]:
 
 
 def _clouds(item: Any) -> tuple[float, str, str]:
-    date = item.datetime or item.common_metadata.start_datetime
-    return float(item.properties.get("eo:cloud_cover") or 0), str(date), item.id
+    clouds, date = item.properties.get("eo:cloud_cover"), item.datetime or item.common_metadata.start_datetime
+    return clouds if isinstance(clouds, (int, float)) else 0.0, str(date), item.id
 
 
 def _step(path: Path, item: Any, dataset: Dataset) -> int | None:

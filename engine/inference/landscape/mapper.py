@@ -346,10 +346,10 @@ def _finish(out: Path, raster: Path, area: Area, about: dict[str, Any], dataset:
     content = {"map": out.name, "target": dataset.target.name, **result, "weights": about["weights"],
                "tta": about["tta"], "precision": about["precision"], "overlap": about["overlap"],
                "scene": about["scene"]["images"]}
+    numbers = out.with_suffix(".json")
     try:
-        write_text(out.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-        pictures.save(map_figure(raster, dataset.target, out.name), out.with_suffix(".png"))
+        write_text(numbers, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise DataError(f"{out}: what lies beside it, .json and .png, cannot be written ({error.strerror}); "
-                        f"{ROOM}") from None
+        raise DataError(f"{numbers}: cannot be written ({error.strerror}); {ROOM}") from None
+    pictures.save(map_figure(raster, dataset.target, out.name), out.with_suffix(".png"))
     return result
