@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import rasterio
+import yaml
 from rio_cogeo.cogeo import cog_validate
 
-from tests.conftest import SHARED, Command
+from tests.conftest import ROOT, SHARED, Command, environment
 from tests.hosts import started, torchrun
 from tests.scenes import make_scene, write_weights
 
@@ -99,3 +102,42 @@ def test_what_users_get_wrong(command: Command, given: list[object], tmp_path: P
 def test_chips_take_no_landscapes_options(command: Command, given: list[object], tmp_path: Path) -> None:
     done = command("predict", *given[:2], "--data", tmp_path, "--out", tmp_path / "maps", "--spread")
     assert done.returncode == 2 and "--spread: go with --scene; leave them out" in done.stderr
+
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+import torch
+from engine.data.dataset import load_dataset
+from engine.inference.landscape import mapper
+
+grey = load_dataset(Path(sys.argv[1]).parent / "d.yaml")
+mapper._models = lambda *_: ([lambda images, dropped: images[:, 0, :1]], grey)
+mapper.weights.identify = lambda path: {"path": str(path), "sha256": ""}
+mapper.predict_scene([Path("none")], Path(sys.argv[1]), Path(sys.argv[2]), mapper.Options(), device=torch.device("cpu"))
+# Not ru_maxrss, which begins with that of the process that started this one
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_map(tmp_path: Path) -> None:
+    """A map of 320 MB is made in little more memory than one of 8 MB: a row of windows, and a few bands.  (Whole, with
+    the real sizes: benchmarks/landscape.py.)"""
+    dataset = {"name": "grey", "tile": 256, "pixel_metres": 10, "steps": ["one"], "target": {
+        "name": "grey", "unit": "", "file": "{chip}_t.tif"}, "sensors": [{
+            "name": "eye", "file": "{chip}_{step}.tif", "dtype": "uint16", "bands": ["grey"], "low": [0], "high": [1]}]}
+    peaks = []
+    for height, width in ((2000, 1000), (4000, 20_000)):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        with rasterio.open(folder / "0.tif", "w", driver="GTiff", height=height, width=width, count=1, dtype="uint16",
+                           tiled=True, sparse_ok=True, crs="EPSG:3067",
+                           transform=rasterio.transform.from_origin(400_000, 7_000_000, 10, 10)):
+            pass  # blocks that are not there are 0, a value here
+        (folder / "d.yaml").write_text(yaml.safe_dump(dataset))
+        (folder / "s.yaml").write_text(yaml.safe_dump({"dataset": "d.yaml", "images": {"eye": "{step}.tif"}}))
+        done = subprocess.run([sys.executable, "-c", PEAK, folder / "s.yaml", folder / "map.tif"], cwd=ROOT,
+                              env=environment(traced=False), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 240, peaks  # 165 were seen; the map whole would be 320 more
