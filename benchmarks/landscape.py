@@ -59,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    sizes, cpu = [300, 600] if args.smoke else args.sizes, torch.device("cpu")
+    sizes, cpu = [100, 200, 300] if args.smoke else args.sizes, torch.device("cpu")
     settings = {"overlap": args.overlap, "network": "none"}
     recorder = Recorder(out_path(args, "landscape", cpu), "landscape", cpu, settings)
     with tempfile.TemporaryDirectory() as temporary:
