@@ -183,6 +183,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_download(args: argparse.Namespace) -> int:
     from engine.base.errors import ConfigError, DataError
+    from engine.base.made import alone
     from engine.base.progress import Progress
     from engine.data.fetch import download, s3
 
@@ -196,7 +197,7 @@ def run_download(args: argparse.Namespace) -> int:
     files = download.select(metadata, args.region, args.split, args.chips)
     client = s3.connect(args.workers, args.endpoint_url)
     place = download.Tree(folder, metadata) if args.out else download.Store(folder, args.lossless)
-    with download.claimed(folder):
+    with alone(folder):
         place.sweep()
         with Progress("checking what is there", len(files), "file") as progress:
             todo = place.missing(files, args.workers, progress.advance)

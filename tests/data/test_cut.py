@@ -15,6 +15,7 @@ import pytest
 import rasterio
 
 from engine.base.errors import ConfigError, DataError
+from engine.base.made import alone
 from engine.data.dataset import Dataset, load_dataset, parse_dataset
 from engine.data.forms import open_source, read_label
 from engine.data.index import open_index
@@ -338,8 +339,10 @@ def test_what_cannot_be_cut_is_refused(made: Made, tree: tuple[Path, dict[str, A
     (out / "letter.txt").write_text("")
     with pytest.raises(DataError, match="is not empty and nothing that was cut"):
         cut(made.opened, made.target, out, OPTIONS)
-    with pytest.raises(DataError, match="cannot be written .*Not a directory"):
+    with pytest.raises(DataError, match="below: cannot be made \\(Not a directory"):
         cut(made.opened, made.target, out / "letter.txt" / "below", OPTIONS)
+    with alone(tmp_path / "busy"), pytest.raises(DataError, match="busy: another process writes here; wait for it"):
+        cut(made.opened, made.target, tmp_path / "busy", OPTIONS)
     small = make_scene(tmp_path / "small", TILE - 1, 300)
     with pytest.raises(DataError, match="the scene is smaller than a chip"):
         cut(open_scene(small), write_target(tmp_path / "t.tif", made.truth), tmp_path / "s", OPTIONS)

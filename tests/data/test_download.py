@@ -370,11 +370,11 @@ def test_into_store_is_what_packing_the_tree_gives(server: Server, client: Any, 
 
 
 def test_two_downloads_into_one_folder(tmp_path: Path) -> None:
-    from engine.data.fetch.download import claimed
+    from engine.base.made import alone
 
-    with claimed(tmp_path), pytest.raises(DataError, match="another download writes here"), claimed(tmp_path):
+    with alone(tmp_path), pytest.raises(DataError, match="another process writes here"), alone(tmp_path):
         pass
-    with claimed(tmp_path):
+    with alone(tmp_path):
         pass
 
 

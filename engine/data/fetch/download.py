@@ -11,13 +11,10 @@ page.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -206,26 +203,3 @@ def megabytes(progress: Progress, done: int) -> Callable[[int], None]:
         progress.advance(done // 10**6 - progress.done)
 
     return advance
-
-
-@contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Hold `out` against a second download.
-
-    Raises DataError where another one runs, or the folder cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be made ({error.strerror}); choose another folder") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{out}: another download writes here; wait for it or choose another folder") from None
-        except OSError:
-            pass  # a network file system that cannot lock a folder
-        yield
-    finally:
-        os.close(handle)

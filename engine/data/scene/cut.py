@@ -20,6 +20,7 @@ import yaml
 
 from engine.base.errors import DataError
 from engine.base.files import write_text
+from engine.base.made import alone
 from engine.data.dataset import FILE, Dataset, Sensor, parse_dataset
 from engine.data.scene.blocks import (
     Options,
@@ -102,24 +103,25 @@ def cut(scene: Scene, target: Path, out: Path, options: Options, *, workers: int
                      "height": scene.grid.height, "width": scene.grid.width}}
     try:
         writer = _Writer(scene, truth, out, options, workers)
-        _claim(out, note)
-        places = list(places_of(scene.grid, truth.dataset.tile, options.stride, side))
-        means = _survey(truth, places, options, workers)
-        chosen = balanced(means, options.balance, options.seed)
-        foldable(chosen, options, len(places))
-        written = _all(writer, chosen, workers, progress)
-        kept = {place: means[place] for place in chosen if place in written}
-        folds = spatial_folds(kept, options, len(places))
-        how = {"scheme": "blocks", "block_metres": side * scene.grid.pixel_metres[0], "folds": options.folds,
-               "seed": options.seed, "chips": len(kept)}
-        writer.finish()
-        save_folds(out / SPLIT, folds, how)
-        number = {chip: fold for fold, chips in enumerate(folds) for chip in chips}
-        note |= {"places": len(places), "without_target": len(places) - len(means),
-                 "over_balance": len(means) - len(chosen), "without_images": len(chosen) - len(kept),
-                 "chips": {place.id: {"row": place.row, "column": place.column, "fold": number[place.id],
-                                      "mean": round(mean, 4)} for place, mean in kept.items()}}
-        write_text(out / NOTE, json.dumps(note, indent=1) + "\n")
+        with alone(out):
+            _claim(out, note)
+            places = list(places_of(scene.grid, truth.dataset.tile, options.stride, side))
+            means = _survey(truth, places, options, workers)
+            chosen = balanced(means, options.balance, options.seed)
+            foldable(chosen, options, len(places))
+            written = _all(writer, chosen, workers, progress)
+            kept = {place: means[place] for place in chosen if place in written}
+            folds = spatial_folds(kept, options, len(places))
+            how = {"scheme": "blocks", "block_metres": side * scene.grid.pixel_metres[0], "folds": options.folds,
+                   "seed": options.seed, "chips": len(kept)}
+            writer.finish()
+            save_folds(out / SPLIT, folds, how)
+            number = {chip: fold for fold, chips in enumerate(folds) for chip in chips}
+            note |= {"places": len(places), "without_target": len(places) - len(means),
+                     "over_balance": len(means) - len(chosen), "without_images": len(chosen) - len(kept),
+                     "chips": {place.id: {"row": place.row, "column": place.column, "fold": number[place.id],
+                                          "mean": round(mean, 4)} for place, mean in kept.items()}}
+            write_text(out / NOTE, json.dumps(note, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}); make room or choose another folder, and give the command "
                         f"again: it goes on where it stopped") from None
