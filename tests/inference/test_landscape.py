@@ -171,6 +171,9 @@ def test_it_is_what_its_definition_says(make: Make, scene: Path, trained: list[P
 def test_views_are_averaged_and_their_spread_is_a_band(make: Make, scene: Path, trained: list[Path]) -> None:
     out = make(tta=("id", "v"), spread=True, overlap=0)
     assert np.allclose(read(out), plainly(scene, trained[0], 0, ("id", "v")), atol=0.05, equal_nan=True)
+    said = json.loads(out.with_suffix(".json").read_text())
+    assert said["map"] == "map.tif"
+    assert said["mean"] == pytest.approx(np.nanmean(read(out)))  # of the map, not of the spread
     one, other = read(make("id", overlap=0)), read(make("v", tta=("v",), overlap=0))
     # Of two views it is half their distance, where one window has the pixel
     spread = read(out, 2)
