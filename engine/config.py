@@ -136,6 +136,10 @@ class Train(Section):
     compile: bool | Literal["auto"] = "auto"
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are recomputed in the backward
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between ranks
+    deterministic: bool = False  # the same bits from run to run on one machine; on a GPU slower
+    # Steps in a row whose loss or gradient is not finite, that stop the run and leave RUN/dump; before that their
+    # updates are left out.  More than the 16 in which fp16's loss scale may come down from where it begins
+    not_finite: Positive = 20
     timeout_s: Positive = 600  # how long ranks wait for one another before they call one lost
 
 

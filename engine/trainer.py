@@ -9,6 +9,7 @@ twice): losses stay there until the log reads a window of them.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,7 +34,6 @@ from engine.base.progress import Progress
 from engine.config import Config, Phase
 from engine.data.batch import Batch, Request
 from engine.data.forms import open_source
-from engine.data.index import Chip
 from engine.data.loader import Loader
 from engine.data.plan import draw, training_batches
 from engine.data.selection import quarantine
@@ -46,7 +46,7 @@ from engine.run.background import Background
 from engine.run.folder import claim
 from engine.run.log import RunLog
 from engine.run.profile import Profile
-from engine.training import checkpoint
+from engine.training import checkpoint, dump
 from engine.training.batchnorm import average_statistics
 from engine.training.cut import cut, device_memory, explain
 from engine.training.engine import make_engine
@@ -56,6 +56,7 @@ from engine.training.optim import learning_rate, set_learning_rate
 from engine.training.shown import Shown
 from engine.training.start import starting_model
 from engine.training.state import full_state
+from engine.training.step import Step
 from engine.training.window import Window
 
 
@@ -152,24 +153,26 @@ class Trainer:
 
     def _run_phase(self, phase: Phase, resume_from: Path | None) -> dict[str, float]:
         state, config = self.state, self.config
-        chips = self.train_chips
+        self.phase_chips = self.train_chips
         if phase.train_on == "all" and not config.data.overfit:
-            chips = sorted(self.train_chips + self.val_chips, key=lambda chip: chip.id)
-        self.steps_per_epoch = self.sharding.steps(len(chips))
+            self.phase_chips = sorted(self.train_chips + self.val_chips, key=lambda chip: chip.id)
+        self.steps_per_epoch = self.sharding.steps(len(self.phase_chips))
         with together():
             model = starting_model(config, self.dataset, state.phase, self.device, self._say)
-        self.engine, self.reducer = make_engine(model, config, self.sharding, self.device, self._say)
+        self.engine, reducer = make_engine(model, config, self.sharding, self.device, self._say)
         if resume_from is not None:
             checkpoint.load(self.engine, resume_from)
             self._say(f"resumed from {resume_from}")
         train_loader = self._loader(self.sharding.micro_batch, warp=True)
         eval_loader = self._loader(self.eval_batch, warp=False)
-        batches = train_loader.batches(self._requests(phase, chips))
+        batches = train_loader.batches(self._requests(self._step_in_epoch))
         title = f"phase {phase.name}" if len(config.phases) > 1 else "training"
         metrics: dict[str, float] = {}
         with Progress(title, phase.epochs * self.steps_per_epoch, "step", quiet=rank() != 0,
                       done=state.epoch * self.steps_per_epoch + self._step_in_epoch) as progress:
             self.window = Window(self.log, train_loader, progress, self.sharding.global_batch)
+            self.step = Step(self.engine, reducer, self.loss, config, self.sharding, state.loss_scale,
+                             self.window.shape)
             while state.epoch < phase.epochs:
                 metrics = self._run_epoch(phase, batches, eval_loader, progress) or metrics
         self.checkpoints.finish()  # the next phase begins with weights that rank 0 has written
@@ -188,10 +191,10 @@ class Trainer:
             if self.stop.agreed():
                 self._save_and_stop()
             with self.profile.step(state.step):
-                loss, norm = self._train_step(batch, batches)
+                taken = self.step.take(state.step, self._micro_batches(batch, batches))
             state.step += 1
             state.chips += self.sharding.global_batch
-            self.window.add(loss, norm, lr)
+            self.window.add(taken, lr)
             progress.advance(1, self.window.note)
             last = self._step_in_epoch == self.steps_per_epoch
             if state.step % config.log.every == 0 or last:
@@ -219,50 +222,13 @@ class Trainer:
         except Exception as error:
             self.stop.failed(error)
 
-    def _train_step(self, batch: Batch, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """One optimizer step on `batch` and those that follow it in the step.
-
-        Returns (mean loss over micro-batches, gradient norm before clipping).
-        """
-        # Stochastic layers draw from the step's number, so that a resume needs no generator state
-        torch.manual_seed((self.config.run.seed << 40) + (self.state.step << 12) + rank())
-        engine, train, losses = self.engine, self.config.train, []
-        norm: torch.Tensor | float = 0.0
-        scale = self.state.loss_scale.value if train.precision == "fp16" else 1.0
-        if train.zero_stage and train.precision == "fp16":
-            engine.optimizer.override_loss_scale(scale)
-        for turn in range(self.sharding.accumulate):
-            if turn:
-                batch = self._next(batches)
-                self.stop.agreed()  # whether all could read; a wish to stop waits for the end of the step
-            reducer = self.reducer if turn + 1 == self.sharding.accumulate else None
-            with self.window.shape(int((~batch.dropped).sum())):
-                loss = self.loss(engine(batch.images, batch.dropped), batch.label)
-                if reducer is not None:
-                    reducer.begin()
-                engine.backward(loss if train.zero_stage else loss * scale)
-                if reducer is not None:
-                    reducer.finish()
-            losses.append(loss.detach())
-            if engine.is_gradient_accumulation_boundary() and train.zero_stage == 0:
-                norm = self._clip(scale)
-            engine.step()
-        if train.zero_stage:
-            norm = engine.get_global_grad_norm()
-        if train.precision == "fp16":
-            norm = float(norm)
-            self.state.loss_scale.update(norm)
-        return torch.stack(losses).mean(), norm
-
-    def _clip(self, scale: float) -> torch.Tensor:
-        """Clip at ZeRO stage 0, and have the optimizer skip the update on the device if the norm is not finite."""
-        optimizer = self.engine.optimizer
-        clip = (self.config.optimizer.clip or float("inf")) * scale
-        norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), clip, foreach=True)
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
-        if scale != 1.0:
-            optimizer.grad_scale = torch.tensor(scale, device=norm.device)
-        return norm / scale
+    def _micro_batches(self, first: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Those of a step that `first` begins."""
+        yield first
+        for _ in range(1, self.sharding.accumulate):
+            batch = self._next(batches)
+            self.stop.agreed()  # whether all could read; a wish to stop waits for the end of the step
+            yield batch
 
     def _leave_out_bad_chips(self) -> dict[str, str]:
         data, chips = self.config.data, {chip.id: chip for chip in self.train_chips + self.val_chips}
@@ -282,11 +248,11 @@ class Trainer:
                       precision=self.config.train.precision, readers=share_of_host(data.readers),
                       threads=share_of_host(data.threads), prefetch=data.prefetch)
 
-    def _requests(self, phase: Phase, chips: list[Chip]) -> Iterator[list[Request]]:
-        """This rank's micro-batches from where the state stands to the end of the phase."""
-        config, first, start = self.config, self.state.epoch, self._step_in_epoch
+    def _requests(self, start: int) -> Iterator[list[Request]]:
+        """This rank's micro-batches from step `start` of the epoch to the end of the phase."""
+        config, chips, first = self.config, self.phase_chips, self.state.epoch
         before = sum(p.epochs for p in config.phases[:self.state.phase])
-        for epoch in range(first, phase.epochs):
+        for epoch in range(first, config.phases[self.state.phase].epochs):
             for items in training_batches(len(chips), config.run.seed, before + epoch, self.sharding,
                                           start if epoch == first else 0, config.augment, self.dataset.months):
                 yield [Request(chips[item.chip],
@@ -344,14 +310,24 @@ class Trainer:
         model: BiomassUNet = self.engine.module
         state = full_state(self.engine)
         if rank() == 0:
-            notes = {"run": self.config.run.name, "step": str(self.state.step), "metrics": json.dumps(metrics),
-                     "dataset": json.dumps(self.dataset.dump())}
             paths = [self.folder / "weights" / f"{name}.safetensors" for name in names]
-            self.checkpoints.before(weights.save_weights, paths[0], state, model.config(), notes)
+            self.checkpoints.before(weights.save_weights, paths[0], state, model.config(),
+                                    {**self._notes(), "metrics": json.dumps(metrics)})
             self.checkpoints.before(hard_link, paths[0], paths[1:])
 
+    def _notes(self) -> dict[str, str]:
+        """What weights say of themselves."""
+        return {"run": self.config.run.name, "step": str(self.state.step), "dataset": json.dumps(self.dataset.dump())}
+
     def _flush(self) -> None:
-        self.state.skipped += self.window.flush(self.state.step, self.state.skipped)
+        state, skipped = self.state, self.window.flush(self.state.step, self.state.skipped)
+        state.skipped += skipped
+        if skipped and self.window.skipped_in_a_row >= self.config.train.not_finite:
+            again = itertools.islice(self._requests(self._step_in_epoch - 1), self.sharding.accumulate)
+            left = dump.leave(self.folder / "dump", state.step - 1, self.engine,
+                              self._loader(self.sharding.micro_batch, warp=True).batches(again), self.config,
+                              self._notes(), state.loss_scale.value)
+            raise dump.diverged(left, self.window.skipped_in_a_row)
 
     def _save(self) -> None:
         average_statistics(self.engine.module)

@@ -55,14 +55,16 @@ class RunLog:
         for name, value in values.items():
             self._show("add_scalar", f"{kind}/{name}", value, step)
 
+    def note(self, kind: str, step: int, about: dict[str, Any]) -> None:
+        """A line of the history alone."""
+        if self._history is not None:
+            self._line({"kind": kind, "step": step, **about})
+            self._flush()
+
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """`image` [H, W, 3] uint8."""
         if self._history is not None:
             self._show("add_image", name, image, step, dataformats="HWC")
-
-    def text(self, name: str, step: int, text: str) -> None:
-        if self._history is not None:
-            self._show("add_text", name, text, step)
 
     def close(self) -> None:
         if self._history is not None:

@@ -12,7 +12,7 @@ many months it kept: those of a step are dealt by kept months (`engine.data.plan
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.base.distributed import average_, world
@@ -34,9 +34,35 @@ def average_statistics(model: nn.Module) -> None:
     """Set the running statistics of every rank to their mean over ranks (a collective)."""
     if world() == 1:
         return
-    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    buffers = _running(model)
     if not buffers:
         return
     flat = average_(torch.cat([b.flatten() for b in buffers]))
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
         buffer.copy_(mean.view_as(buffer))
+
+
+class RunningStatistics:
+    """Those of a model, which a step that is not finite may not change: an average that was NaN once stays NaN.
+
+    They lie in one tensor from here on, so that a step's look back is two copies and not some hundreds.
+    """
+
+    def __init__(self, model: nn.Module):
+        buffers = _running(model)
+        self._now = torch.cat([b.flatten() for b in buffers]) if buffers else torch.empty(0)
+        for buffer, place in zip(buffers, self._now.split([b.numel() for b in buffers])):
+            buffer.data = place.view_as(buffer)
+        self._before = torch.empty_like(self._now)
+
+    def remember(self) -> None:
+        self._before.copy_(self._now)
+
+    def forget_unless(self, norm: Tensor | float) -> None:
+        """Back to what `remember` saw if `norm` is not finite; on the device, which nobody waits for."""
+        finite = torch.as_tensor(norm).isfinite().to(self._now.device, non_blocking=True)
+        torch.where(finite, self._now, self._before, out=self._now)
+
+
+def _running(model: nn.Module) -> list[Tensor]:
+    return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]

@@ -15,6 +15,7 @@ from engine.model.compilation import checkpoint_regions, compile_regions
 from engine.model.unet import BiomassUNet
 from engine.training.batchnorm import keep_horizon
 from engine.training.deepspeed import deepspeed_config
+from engine.training.deterministic import set_deterministic
 from engine.training.loss_scale import take_over
 from engine.training.optim import make_optimizer
 from engine.training.reduction import Reducer
@@ -25,8 +26,7 @@ def make_engine(model: BiomassUNet, config: Config, sharding: Sharding, device: 
     """DeepSpeed's engine around `model`, on `device`, and what adds up gradients at ZeRO stage 0 on several ranks."""
     model.to(device)
     train = config.train
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # numbers of kept months make about ten shapes; the log says the cost
+    set_deterministic(train.deterministic)
     if train.compile is True or (train.compile == "auto" and device.type == "cuda"):
         say(f"train.compile: {compile_regions(model, train.zero_stage)}")
     if train.checkpoint_activations:

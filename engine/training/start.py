@@ -41,6 +41,12 @@ def starting_model(config: Config, data: Dataset, phase: int, device: torch.devi
                             pretrained=config.model.pretrained, tile=data.tile)
         assert model.segmentation_head.bias is not None
         torch.nn.init.constant_(model.segmentation_head.bias, config.model.initial_prediction)
+    say(f"month attention: {for_training(model, config, device)}")
+    return model
+
+
+def for_training(model: BiomassUNet, config: Config, device: torch.device) -> str:
+    """Have a model train as a recipe says.  Returns the month attention that it takes."""
     model.skip_dropped_months = config.model.skip_dropped_months
     try:
         implementation = resolve(config.model.attention, device)
@@ -48,8 +54,7 @@ def starting_model(config: Config, data: Dataset, phase: int, device: torch.devi
         raise ConfigError(f"model.attention: {error}") from None
     for level in model.attn:
         level.implementation = implementation
-    say(f"month attention: {implementation}")
-    return model
+    return implementation
 
 
 def _same_architecture(model: BiomassUNet, config: Config, path: Path | str) -> None:

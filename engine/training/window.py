@@ -10,19 +10,22 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from engine.base.distributed import average_
-from engine.base.errors import EngineError
+from engine.base.distributed import average_, of_all
 from engine.base.progress import Progress
 from engine.data.loader import Loader
 from engine.run.log import RunLog
+from engine.training.step import Taken
+
+SHOWN = 8  # chips of a step in a message
 
 
 class Window:
     """The steps since the last log line.  Losses stay on the device until `flush` reads them all at once."""
 
     def __init__(self, log: RunLog, loader: Loader, progress: Progress, chips_per_step: int):
-        self._log, self._loader, self._progress, self._chips = log, loader, progress, chips_per_step
+        self._log, self._loader, self._progress, self._chips_per_step = log, loader, progress, chips_per_step
         self.note = ""
+        self.skipped_in_a_row = 0  # updates, up to the end of the last window
         self._shapes: set[int] = set()
         self._first: list[float] = []  # the host's seconds in first passes of a shape that were not reported yet
         self._usual = 0.0  # the same of the latest other pass
@@ -48,37 +51,34 @@ class Window:
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor | float] = []
         self._rates: list[float] = []
+        self._chips: list[list[str]] = []
         self._start, self._waited = time.perf_counter(), self._loader.wait
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor | float, lr: float) -> None:
-        self._losses.append(loss)
-        self._norms.append(norm)
+    def add(self, taken: Taken, lr: float) -> None:
+        self._losses.append(taken.loss)
+        self._norms.append(taken.norm)
+        self._chips.append(taken.chips)
         self._rates.append(lr)
 
     def flush(self, step: int, skipped_before: int) -> int:
-        """Log the window that ends with `step`.  Returns how many updates of it were skipped.
-
-        Raises EngineError where training has diverged: no update of a long window was finite.
-        """
+        """Log the window that ends with `step`, on all ranks.  Returns how many updates of it were skipped."""
         if not self._losses:
             return 0
         losses = average_(torch.stack(self._losses)).tolist()  # the one wait for the device
         norms = [float(norm) for norm in self._norms]
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        bad = sum(not np.isfinite(norm) for norm in norms)
+        good = np.isfinite(losses) & np.isfinite(norms)
+        bad = len(good) - int(good.sum())
         self._log.steps(step - len(losses) + 1, {"loss": losses, "grad_norm": norms, "lr": self._rates})
         self._log.scalars("speed", step, {
-            "chips_per_second": len(losses) * self._chips / seconds,
+            "chips_per_second": len(losses) * self._chips_per_step / seconds,
             "data_wait_share": (self._loader.wait - self._waited) / seconds,
             "memory_gib": _peak_memory() / 2**30,
         })
         self._log.scalars("train", step, {"skipped_updates": float(skipped_before + bad)}, history=False)
+        self.skipped_in_a_row = int(good[::-1].argmax()) if good.any() else self.skipped_in_a_row + bad
         if bad:
-            self._progress.say(f"step {step}: {bad} of the last {len(norms)} updates were skipped, their "
-                               f"gradient was not finite ({skipped_before + bad} so far)")
-        if bad == len(norms) >= 10:
-            raise EngineError(f"training has diverged: the last {bad} gradients were not finite; the last good "
-                              f"checkpoint is in the run's folder; lower optimizer.lr, or set train.precision: fp32")
+            self._tell(step - len(good) + 1, good, skipped_before + bad)
         cost = sum(self._first) - len(self._first) * self._usual
         if self._first and self._usual and cost > 1:
             self._log.scalars("tuning", step, {"new_shapes": len(self._first), "seconds": cost})
@@ -88,6 +88,18 @@ class Window:
         self.note = f"loss {losses[-1]:.2f}"
         self._clear()
         return bad
+
+    def _tell(self, first: int, good: np.ndarray, so_far: int) -> None:
+        """Of which chips the steps were, from `first` on, that are not `good` [n] bool."""
+        steps = [[chip for part in parts for chip in part] for parts in zip(*of_all(self._chips))]
+        bad = np.flatnonzero(~good).tolist()
+        for place in bad:
+            self._log.note("not_finite", first + place, {"chips": steps[place]})
+        last = steps[bad[-1]]
+        more = f" and {len(last) - SHOWN} more" if len(last) > SHOWN else ""
+        self._progress.say(f"step {first + len(good) - 1}: {len(bad)} of the last {len(good)} updates were skipped, "
+                           f"their loss or gradient was not finite ({so_far} so far); the last was step "
+                           f"{first + bad[-1]}, of chips {', '.join(last[:SHOWN])}{more} (all are in history.jsonl)")
 
 
 def _peak_memory() -> float:

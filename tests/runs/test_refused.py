@@ -8,14 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from engine.base.errors import EngineError
 from engine.base.progress import Progress
 from engine.config import ConfigError, load_config
 from engine.data.fetch.s3 import connect
 from engine.data.index import open_index
-from engine.training.window import Window
 from tests.conftest import ROOT
 
 Said = tuple[int, str, str]
@@ -102,30 +99,6 @@ def test_an_empty_recipe_lacks_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match=r"r.yaml: .*data"):
         load_config(tmp_path / "r.yaml", [])
-
-
-class Nowhere:
-    wait = 0.0
-
-    def steps(self, *_: object, **__: object) -> None: ...
-
-    scalars = steps
-
-
-@pytest.mark.parametrize("good", [0, 1])
-def test_training_that_diverged_stops(good: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten skipped updates in a row end a run, one good one among them keeps it."""
-    nowhere = Nowhere()
-    window = Window(nowhere, nowhere, Progress("x", 20, "step"), 1)  # type: ignore[arg-type]
-    for step in range(10):
-        window.add(torch.tensor(1.0), 1.0 if step < good else float("nan"), 0.1)
-    if good:
-        assert window.flush(10, 2) == 9
-    else:
-        with pytest.raises(EngineError, match="diverged: the last 10 gradients .*lower optimizer.lr"):
-            window.flush(10, 2)
-    assert f"{10 - good} of the last 10 updates were skipped" in (said := capsys.readouterr().err)
-    assert f"({12 - good} so far)" in said
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
