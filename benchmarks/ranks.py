@@ -10,7 +10,7 @@ together.  Ways:
 no communication     each rank for itself: the cores are shared as in the others, so what these take more is
                      communication's (and, with more ranks than cores, waiting for ranks that had no core)
 after the backward   gradients flattened, one all-reduce, copied back: what DeepSpeed does at ZeRO stage 0
-beside the backward  ours, `engine.training.reduction`: as many buckets as the real model has
+beside the backward  ours, `engine.training.update.reduction`: as many buckets as the real model has
 
 The model: an all-reduce of b bytes over n ranks takes the less of
     a ring   2 (n − 1) / n · b / B + base + (steps inside hosts) · α + (steps between hosts) · β
@@ -51,7 +51,7 @@ from engine.data.biomassters import BIOMASSTERS, C, T
 from engine.data.plan import deal, kept_months
 from engine.model.unet import BiomassUNet
 from engine.training.losses import make_loss
-from engine.training.reduction import BUCKET_BYTES, Reducer
+from engine.training.update.reduction import BUCKET_BYTES, Reducer
 
 WORLDS = (1, 2, 4)
 ALONE, AFTER, BESIDE = "no communication", "after the backward", "beside the backward"

@@ -47,16 +47,16 @@ from engine.run.folder import claim
 from engine.run.log import RunLog
 from engine.run.profile import Profile
 from engine.training import checkpoint, dump
-from engine.training.batchnorm import average_statistics
 from engine.training.cut import cut, device_memory, explain
 from engine.training.engine import make_engine
-from engine.training.loss_scale import LossScale
 from engine.training.losses import make_loss
 from engine.training.optim import learning_rate, set_learning_rate
 from engine.training.shown import Shown
 from engine.training.start import starting_model
 from engine.training.state import full_state
-from engine.training.step import Step
+from engine.training.update.batchnorm import average_statistics
+from engine.training.update.loss_scale import LossScale
+from engine.training.update.step import Step
 from engine.training.window import Window
 
 

@@ -31,7 +31,7 @@ from engine.model.weights import load_model, save_weights
 from engine.training.losses import make_loss
 from engine.training.start import for_training
 from engine.training.state import full_state
-from engine.training.step import seed_of, seen_in_gradient
+from engine.training.update.step import seed_of, seen_in_gradient
 
 ABOUT, MODEL, RECIPE = "dump.json", "model.safetensors", "config.yaml"
 PARTS = ("images", "dropped", "label")

@@ -13,12 +13,12 @@ from engine.config import Config
 from engine.data.plan import Sharding
 from engine.model.compilation import checkpoint_regions, compile_regions
 from engine.model.unet import BiomassUNet
-from engine.training.batchnorm import keep_horizon
 from engine.training.deepspeed import deepspeed_config
 from engine.training.deterministic import set_deterministic
-from engine.training.loss_scale import take_over
 from engine.training.optim import make_optimizer
-from engine.training.reduction import Reducer
+from engine.training.update.batchnorm import keep_horizon
+from engine.training.update.loss_scale import take_over
+from engine.training.update.reduction import Reducer
 
 
 def make_engine(model: BiomassUNet, config: Config, sharding: Sharding, device: torch.device,

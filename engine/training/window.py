@@ -14,7 +14,7 @@ from engine.base.distributed import average_, of_all
 from engine.base.progress import Progress
 from engine.data.loader import Loader
 from engine.run.log import RunLog
-from engine.training.step import Taken
+from engine.training.update.step import Taken
 
 SHOWN = 8  # chips of a step in a message
 

@@ -29,7 +29,7 @@ from engine.base.distributed import (
 from engine.base.errors import DataError
 from engine.base.stopping import Asked
 from engine.inference.metrics import ChipTable
-from engine.training.batchnorm import average_statistics
+from engine.training.update.batchnorm import average_statistics
 
 
 def free_port() -> int:

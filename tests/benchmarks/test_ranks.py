@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from engine.training.reduction import Reducer
+from engine.training.update.reduction import Reducer
 from tests.conftest import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # benchmarks are scripts

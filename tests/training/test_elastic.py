@@ -18,10 +18,10 @@ from engine.base.distributed import join, leave, rank, world
 from engine.config import parse_config
 from engine.data.plan import Sharding
 from engine.training import checkpoint
-from engine.training.batchnorm import average_statistics
 from engine.training.checkpoint import MODEL, OPTIMIZER
 from engine.training.engine import make_engine
 from engine.training.state import full_state, optimizer_state
+from engine.training.update.batchnorm import average_statistics
 from tests.conftest import free_port
 from tests.hosts import forks
 

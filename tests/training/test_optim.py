@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from engine.config import Optimizer, Phase
-from engine.training.loss_scale import GROWTH_INTERVAL, LossScale
 from engine.training.optim import learning_rate, make_optimizer, parameter_groups, phase_rates
+from engine.training.update.loss_scale import GROWTH_INTERVAL, LossScale
 
 
 def model() -> nn.Module:

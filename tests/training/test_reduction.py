@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.base.distributed import join, leave
-from engine.training.batchnorm import average_statistics, keep_horizon
-from engine.training.reduction import Reducer
+from engine.training.update.batchnorm import average_statistics, keep_horizon
+from engine.training.update.reduction import Reducer
 from tests.conftest import free_port
 from tests.hosts import forks
 

@@ -20,9 +20,9 @@ from engine.data.batch import Batch
 from engine.data.plan import Sharding
 from engine.run.log import RunLog
 from engine.training.engine import make_engine
-from engine.training.loss_scale import LossScale
 from engine.training.state import full_state
-from engine.training.step import Step, Taken, seen_in_gradient
+from engine.training.update.loss_scale import LossScale
+from engine.training.update.step import Step, Taken, seen_in_gradient
 from engine.training.window import Window
 from tests.hosts import forks
 from tests.training.test_reduction import two_processes

@@ -17,10 +17,10 @@ from engine.base.distributed import rank
 from engine.config import Config
 from engine.data.batch import Batch
 from engine.data.plan import Sharding
-from engine.training.batchnorm import RunningStatistics
-from engine.training.loss_scale import LossScale
 from engine.training.losses import Loss
-from engine.training.reduction import Reducer
+from engine.training.update.batchnorm import RunningStatistics
+from engine.training.update.loss_scale import LossScale
+from engine.training.update.reduction import Reducer
 
 
 class Taken(NamedTuple):
