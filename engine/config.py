@@ -120,7 +120,8 @@ class Phase(Section):
     lr: Annotated[float, Field(gt=0)] | None = None  # null: optimizer.lr
     min_lr: Annotated[float, Field(ge=0)] | None = None  # null: max(lr / 10, 5e-5), never above lr
     train_on: Literal["fold", "all"] = "fold"  # all: the validation chips too
-    start_from: Literal["best", "last"] = "best"  # which weights of the phase before
+    # Which weights of the phase before; of train.ema those that end so
+    start_from: Literal["best", "last", "best-ema", "last-ema"] = "best"
 
 
 class Train(Section):
@@ -136,6 +137,8 @@ class Train(Section):
     compile: bool | Literal["auto"] = "auto"
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are recomputed in the backward
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between ranks
+    # Decay of an average of the weights over steps, validated beside them, saved as weights/{best,last}-ema; null: none
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     deterministic: bool = False  # the same bits from run to run on one machine; on a GPU slower
     # Steps in a row whose loss or gradient is not finite, that stop the run and leave RUN/dump; before that their
     # updates are left out.  More than the 16 in which fp16's loss scale may come down from where it begins
@@ -179,6 +182,8 @@ class Config(Section):
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ValueError(f"phases: names must differ, found {names}")
+        if self.train.ema is None and any(phase.start_from.endswith("-ema") for phase in self.phases[1:]):
+            raise ValueError("phases: start_from an average needs train.ema, its decay, such as 0.999")
         return self
 
     @property

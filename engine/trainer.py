@@ -55,6 +55,7 @@ from engine.training.shown import Shown
 from engine.training.start import starting_model
 from engine.training.state import full_state
 from engine.training.update.batchnorm import average_statistics
+from engine.training.update.ema import Ema
 from engine.training.update.loss_scale import LossScale
 from engine.training.update.step import Step
 from engine.training.window import Window
@@ -62,6 +63,10 @@ from engine.training.window import Window
 
 class Stopped(EngineError):
     """The run was asked to stop and has saved its state."""
+
+
+class Interrupted(Exception):
+    """A validation was asked to stop."""
 
 
 @dataclass
@@ -74,6 +79,7 @@ class State:
     step: int = 0  # since the run began
     global_batch: int = 0  # chips a step
     best: float = float("inf")  # of the phase: validation RMSE, mean over chips
+    best_ema: float = float("inf")  # the same of the average of the weights
     skipped: int = 0  # updates left out because the gradient was not finite
     loss_scale: LossScale = field(default_factory=LossScale)
 
@@ -160,8 +166,9 @@ class Trainer:
         with together():
             model = starting_model(config, self.dataset, state.phase, self.device, self._say)
         self.engine, reducer = make_engine(model, config, self.sharding, self.device, self._say)
+        self.ema = Ema(self.engine, config.train.ema) if config.train.ema is not None else None
         if resume_from is not None:
-            checkpoint.load(self.engine, resume_from)
+            checkpoint.load(self.engine, resume_from, self.ema)
             self._say(f"resumed from {resume_from}")
         train_loader = self._loader(self.sharding.micro_batch, warp=True)
         eval_loader = self._loader(self.eval_batch, warp=False)
@@ -177,7 +184,7 @@ class Trainer:
                 metrics = self._run_epoch(phase, batches, eval_loader, progress) or metrics
         self.checkpoints.finish()  # the next phase begins with weights that rank 0 has written
         self.engine.destroy()
-        state.phase, state.epoch, state.best = state.phase + 1, 0, float("inf")
+        state.phase, state.epoch, state.best, state.best_ema = state.phase + 1, 0, float("inf"), float("inf")
         return metrics
 
     def _run_epoch(self, phase: Phase, batches: Iterator[Batch], eval_loader: Loader,
@@ -194,6 +201,8 @@ class Trainer:
                 taken = self.step.take(state.step, self._micro_batches(batch, batches))
             state.step += 1
             state.chips += self.sharding.global_batch
+            if self.ema is not None:
+                self.ema.update(state.epoch * self.steps_per_epoch + self._step_in_epoch)
             self.window.add(taken, lr)
             progress.advance(1, self.window.note)
             last = self._step_in_epoch == self.steps_per_epoch
@@ -207,7 +216,11 @@ class Trainer:
         state.epoch, state.chips = state.epoch + 1, 0
         if state.epoch % config.validate_.every and state.epoch < phase.epochs:
             return None
-        metrics = self._validate(phase, eval_loader, progress)
+        try:
+            metrics = self._validate(phase, eval_loader, progress)
+        except Interrupted:  # the epoch is trained and not validated: so is what is saved
+            state.epoch, state.chips = state.epoch - 1, self.steps_per_epoch * self.sharding.global_batch
+            self._save_and_stop()
         self._save()
         return metrics
 
@@ -263,35 +276,52 @@ class Trainer:
     # Validation and saving -----------------------------------------------------------------------------------
 
     def _validate(self, phase: Phase, loader: Loader, progress: Progress) -> dict[str, float]:
-        state, config = self.state, self.config
-        shown = Shown(min(config.log.chips, len(self.val_chips)), self.device)
-        average_statistics(self.engine.module)
-        self.engine.eval()
-        with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
-            table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
-                                  tta=self.eval_views, precision=config.train.precision, device=self.device,
-                                  each=lambda *batch: self._seen(shown, *batch))
-        metrics = table.metrics()
-        # Chips that were trained on do not choose weights
-        judged = phase.train_on == "fold" or config.data.overfit
-        score = metrics["rmse_per_chip"]
-        self.log.scalars("validation" if judged else "seen_in_training", state.step, metrics)
+        """Of the weights, and of their average where there is one; the metrics of the weights."""
+        shown = Shown(min(self.config.log.chips, len(self.val_chips)), self.device)
+        metrics, of_ema = self._evaluate(loader, shown), None
+        if self.ema is not None:
+            with self.ema.in_place():
+                of_ema = self._evaluate(loader)
         self._show(shown)
-        kinds = ["last"]
-        if not judged or score < state.best:
-            state.best = score
-            kinds.append("best")
-        self._export([f"{phase.name}-{kind}" for kind in kinds] + kinds, metrics)
-        progress.say(f"epoch {state.epoch}, step {state.step}: RMSE {score:.2f} {self.dataset.target.unit} (mean over "
-                     f"{len(self.val_chips)} chips), pooled {metrics['rmse_pooled']:.2f}, predicting the mean "
-                     f"{metrics['rmse_of_mean']:.2f}{'' if judged else ', on chips seen in training'}")
+        self._keep(phase, metrics, progress)
+        if self.ema is not None and of_ema is not None:
+            with self.ema.in_place():
+                self._keep(phase, of_ema, progress, "ema")
         return metrics
 
-    def _seen(self, shown: Shown, batch: Batch, prediction: torch.Tensor) -> None:
-        shown.add(batch, prediction)
-        if self.stop.agreed():  # the epoch is trained and not validated: so is what is saved
-            self.state.epoch, self.state.chips = self.state.epoch - 1, self.steps_per_epoch * self.sharding.global_batch
-            self._save_and_stop()
+    def _evaluate(self, loader: Loader, shown: Shown | None = None) -> dict[str, float]:
+        average_statistics(self.engine.module)
+        self.engine.eval()
+
+        def seen(batch: Batch, prediction: torch.Tensor) -> None:
+            if shown is not None:
+                shown.add(batch, prediction)
+            if self.stop.agreed():
+                raise Interrupted
+
+        with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
+            table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
+                                  tta=self.eval_views, precision=self.config.train.precision, device=self.device,
+                                  each=seen)
+        return table.metrics()
+
+    def _keep(self, phase: Phase, metrics: dict[str, float], progress: Progress, of: str = "") -> None:
+        """Log metrics, and export the weights that have them: as the last ones, and the best if they are."""
+        state, best = self.state, f"best_{of}" if of else "best"
+        # Chips that were trained on do not choose weights
+        judged = phase.train_on == "fold" or self.config.data.overfit
+        score, kind = metrics["rmse_per_chip"], "validation" if judged else "seen_in_training"
+        self.log.scalars(f"{kind}_{of}" if of else kind, state.step, metrics)
+        kinds = ["last"]
+        if not judged or score < getattr(state, best):
+            setattr(state, best, score)
+            kinds.append("best")
+        kinds = [f"{kind}-{of}" if of else kind for kind in kinds]
+        self._export([f"{phase.name}-{kind}" for kind in kinds] + kinds, metrics)
+        progress.say(f"epoch {state.epoch}, step {state.step}{f', {of}' if of else ''}: RMSE {score:.2f} "
+                     f"{self.dataset.target.unit} (mean over {len(self.val_chips)} chips), pooled "
+                     f"{metrics['rmse_pooled']:.2f}, predicting the mean {metrics['rmse_of_mean']:.2f}"
+                     f"{'' if judged else ', on chips seen in training'}")
 
     def _show(self, shown: Shown) -> None:
         predictions, step = shown.reduce(), self.state.step
@@ -331,7 +361,7 @@ class Trainer:
 
     def _save(self) -> None:
         average_statistics(self.engine.module)
-        self.checkpoints.save(self.engine, self.state.step, asdict(self.state))
+        self.checkpoints.save(self.engine, self.state.step, asdict(self.state), self.ema)
 
     def _save_and_stop(self) -> None:
         self._flush()

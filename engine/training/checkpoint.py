@@ -1,9 +1,10 @@
 """Checkpoints to resume from: whole or not used, and tied to nothing but the recipe.
 
 `checkpoints/step-N/` holds `model.safetensors` (parameters and buffers by name, float32), `optimizer.safetensors` (of
-each parameter that was updated its exp_avg, exp_avg_sq and step) and `checkpoint.json`: where the run stands, who wrote
-it, of each file its size and SHA-256, and its own SHA-256.  No pickle is in it, and nothing of the number of ranks, the
-ZeRO stage, the precision or the cut of the global batch, so any of them may be another after a resume.
+each parameter that was updated its exp_avg, exp_avg_sq and step), under `train.ema` also `ema.safetensors` (the average
+of the model, by the same names), and `checkpoint.json`: where the run stands, who wrote it, of each file its size and
+SHA-256, and its own SHA-256.  No pickle is in it, and nothing of the number of ranks, the ZeRO stage, the precision or
+the cut of the global batch, so any of them may be another after a resume.
 
 Not DeepSpeed's own format: pickles for one ZeRO stage, at stages 1 to 3 for one number of ranks; its universal form
 forgets BatchNorm's buffers.  Not torch.distributed.checkpoint: its index is a pickle, and it knows no checksum.
@@ -34,8 +35,9 @@ from engine.config import Config
 from engine.model.tensors import write_tensors
 from engine.run.background import Background
 from engine.training.state import full_state, load_model, load_optimizer, optimizer_state, shapes
+from engine.training.update.ema import Ema
 
-NOTE, MODEL, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"
+NOTE, MODEL, OPTIMIZER, EMA = "checkpoint.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 FORMAT = 1
 DEEPSPEEDS = "state.json"  # in checkpoints of engines before format 1
 
@@ -101,8 +103,8 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
         shutil.rmtree(old)
 
 
-def load(engine: Any, path: Path) -> None:
-    """Fill model and optimizer, on all ranks, from a checkpoint that `find` found whole.
+def load(engine: Any, path: Path, ema: Ema | None = None) -> None:
+    """Fill model, optimizer and average, on all ranks, from a checkpoint that `find` found whole.
 
     Raises EngineError where it is of another model.
     """
@@ -111,9 +113,15 @@ def load(engine: Any, path: Path) -> None:
             with together():
                 model, optimizer = (stack.enter_context(safe_open(path / name, framework="pt"))
                                     for name in (MODEL, OPTIMIZER))
+                average = stack.enter_context(safe_open(path / EMA, framework="pt")) if ema is not None else None
                 _must_fit(path, shapes(engine), model, optimizer)
-        except SafetensorError as error:
+                if average is not None:
+                    _must_fit(path, shapes(engine), average)
+        except (SafetensorError, OSError) as error:
             raise EngineError(f"{path}: cannot be read ({error}); move it away to resume from an earlier one") from None
+        if ema is not None and average is not None:
+            with ema.in_place():
+                load_model(engine, average.get_tensor)
         load_model(engine, model.get_tensor)
         load_optimizer(engine, set(optimizer.keys()), optimizer.get_tensor)
 
@@ -136,11 +144,14 @@ class Checkpoints:
         """On rank 0: write something, by `work(*args)`, before the next checkpoint."""
         self._new.append((work, args))
 
-    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
+    def save(self, engine: Any, step: int, state: dict[str, Any], ema: Ema | None = None) -> None:
         """A collective.  Returns when all is copied; until then nothing may train."""
         self._give_up_after(self._config.checkpoint.failures)
         self._background.make_room()
         tensors = {MODEL: full_state(engine), OPTIMIZER: optimizer_state(engine)}
+        if ema is not None:
+            with ema.in_place():
+                tensors[EMA] = full_state(engine)
         train = self._config.train
         about = {"state": state, "written_by": {
             "ranks": world(), "zero_stage": train.zero_stage, "precision": train.precision,
@@ -237,13 +248,13 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-def _must_fit(path: Path, wanted: Mapping[str, Any], model: Any, optimizer: Any) -> None:
+def _must_fit(path: Path, wanted: Mapping[str, Any], model: Any, optimizer: Any = None) -> None:
     def shape(file: Any, name: str) -> tuple[int, ...]:
         return tuple(file.get_slice(name).get_shape())
 
     found = {name: shape(model, name) for name in model.keys()}  # noqa: SIM118  (not a dict)
     other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    for name in optimizer.keys():  # noqa: SIM118
+    for name in () if optimizer is None else optimizer.keys():
         of, _, key = name.rpartition(".")
         if shape(optimizer, name) != (() if key == "step" else wanted.get(of)):
             other.append(name)

@@ -14,6 +14,7 @@ from engine.model.unet import BiomassUNet
 
 FILL = 0.85  # of a device's memory: the rest is for batches made ahead, workspaces and fragments
 PARAMETER_BYTES = 16  # weight, gradient and AdamW's two moments, float32
+EMA_BYTES = 4
 
 
 class Need(NamedTuple):
@@ -46,7 +47,8 @@ def memory_need(config: Config, data: Dataset) -> Need:
         levels = model.encode(torch.empty(data.months, data.channels, data.tile, data.tile, device="meta"))
         model.decode([level[:1] for level in levels])
     chip = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Need(PARAMETER_BYTES * sum(p.numel() for p in model.parameters()),
+    each = PARAMETER_BYTES + (EMA_BYTES if config.train.ema is not None else 0)
+    return Need(each * sum(p.numel() for p in model.parameters()),
                 chip if config.train.precision == "fp32" else chip // 2)
 
 

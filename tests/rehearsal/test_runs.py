@@ -31,7 +31,7 @@ RECIPE = """
 data: {{path: {data}, split: {{folds: 4}}, readers: 2}}
 run: {{folder: {folder}}}
 model: {{attention: reference}}
-train: {{global_batch: 2, micro_batch: 1, precision: bf16, compile: false}}
+train: {{global_batch: 2, micro_batch: 1, precision: bf16, compile: false, ema: 0.9}}
 phases: [{{epochs: 1, lr: 0.003}}]
 log: {{every: 2, chips: 1}}
 """

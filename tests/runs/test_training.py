@@ -22,8 +22,10 @@ RECIPE = """
 data: {{path: {data}, split: {{folds: 4}}, readers: 2}}
 run: {{name: {name}, folder: {folder}}}
 model: {{backbone: tf_mobilenetv3_small_minimal_100, decoder_channels: [8, 8, 8, 8, 8]}}
-train: {{global_batch: 2, micro_batch: 1, precision: fp32, device: cpu}}
-phases: [{{name: first, epochs: 1, lr: 0.003}}, {{name: second, epochs: 1, lr: 0.001, train_on: all}}]
+train: {{global_batch: 2, micro_batch: 1, precision: fp32, device: cpu, ema: 0.6}}
+phases:
+- {{name: first, epochs: 1, lr: 0.003}}
+- {{name: second, epochs: 1, lr: 0.001, train_on: all, start_from: last-ema}}
 checkpoint: {{every_steps: 1}}
 log: {{every: 1, chips: 1}}
 """
@@ -63,8 +65,11 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert [row["lr"] for row in history(whole)] == [0.003] * 3 + [0.001] * 4
     assert all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in history(whole))
     assert len(history(whole, "validation")) == 1 and len(history(whole, "seen_in_training")) == 1
+    [raw], [ema] = history(whole, "validation"), history(whole, "validation_ema")
+    assert raw["rmse_per_chip"] != ema["rmse_per_chip"] == pytest.approx(raw["rmse_per_chip"], rel=0.2)
     names = {path.name for path in (whole / "weights").iterdir()}
-    assert names == {f"{a}{b}.safetensors" for a in ("", "first-", "second-") for b in ("best", "last")}
+    assert names == {f"{a}{b}{c}.safetensors" for a in ("", "first-", "second-") for b in ("best", "last")
+                     for c in ("", "-ema")}
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000006", "step-00000007"]
     assert (whole / "config.yaml").exists()
     assert "aten::" in (whole / "profile" / "steps-1-3.txt").read_text()
@@ -85,10 +90,11 @@ def test_tensorboard_has_everything(whole: Path) -> None:
 
 
 def same_run(a: Path, b: Path) -> None:
-    for kind in ("step", "validation", "seen_in_training"):
+    for kind in ("step", "validation", "validation_ema", "seen_in_training"):
         assert history(a, kind) == history(b, kind)
-    ours, theirs = (load_file(run / "weights" / "second-last.safetensors") for run in (a, b))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for name in ("second-last", "second-last-ema"):
+        ours, theirs = (load_file(run / "weights" / f"{name}.safetensors") for run in (a, b))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
 def kill(path: Path, steps: int, *options: object) -> None:

@@ -18,10 +18,11 @@ from engine.base.distributed import join, leave, rank, world
 from engine.config import parse_config
 from engine.data.plan import Sharding
 from engine.training import checkpoint
-from engine.training.checkpoint import MODEL, OPTIMIZER
+from engine.training.checkpoint import EMA, MODEL, OPTIMIZER
 from engine.training.engine import make_engine
 from engine.training.state import full_state, optimizer_state
 from engine.training.update.batchnorm import average_statistics
+from engine.training.update.ema import Ema
 from tests.conftest import free_port
 from tests.hosts import forks
 
@@ -45,17 +46,19 @@ class Model(nn.Module):
         return self.head(torch.relu(self.norm(self.conv(x))))
 
 
-def made(stage: int) -> tuple[Any, Any]:
+def made(stage: int) -> tuple[Any, Any, Ema]:
     recipe = {"data": {"path": "/none"}, "optimizer": {"lr": 0.01},
               "train": {"zero_stage": stage, "precision": "fp32", "global_batch": 4, "micro_batch": 2},
               "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 10}} if stage == 3 else {}}
     torch.manual_seed(0)
     sharding = Sharding(2, 2 // world(), world(), rank())
     model: Any = Model()
-    return make_engine(model, parse_config(recipe, "a test"), sharding, torch.device("cpu"), lambda text: None)
+    engine, reducer = make_engine(model, parse_config(recipe, "a test"), sharding, torch.device("cpu"),
+                                  lambda text: None)
+    return engine, reducer, Ema(engine, 0.15)
 
 
-def train(engine: Any, reducer: Any, *steps: int) -> list[float]:
+def train(engine: Any, reducer: Any, ema: Ema, *steps: int) -> list[float]:
     """As `Trainer._train_step` does, two chips a micro-batch; losses of all micro-batches of these steps."""
     losses = []
     for step in steps:
@@ -72,12 +75,15 @@ def train(engine: Any, reducer: Any, *steps: int) -> list[float]:
                 torch.nn.utils.clip_grad_norm_(engine.module.parameters(), 5.0)
             engine.step()
             losses.append(float(loss.detach()))
+        ema.update(step + 1)
     return losses
 
 
-def keep(engine: Any, path: Path, step: int) -> None:
+def keep(engine: Any, ema: Ema, path: Path, step: int) -> None:
     average_statistics(engine.module)
     tensors = {MODEL: full_state(engine), OPTIMIZER: optimizer_state(engine)}
+    with ema.in_place():
+        tensors[EMA] = full_state(engine)
     if rank() == 0:
         checkpoint.write(path, step, tensors, {"state": {}}, 9)
 
@@ -94,20 +100,20 @@ def work(process: int, ranks: int, port: str, folder: Path, first: bool) -> None
     losses = {}
     for way in (way for way in WAYS if way[0] == ranks):
         if first:
-            engine, reducer = made(way[1])
-            train(engine, reducer, 0, 1)
-            keep(engine, folder / name(way), 2)
-            losses[name(way)] = train(engine, reducer, 2, 3)
-            keep(engine, folder / name(way), 4)
+            engine, reducer, ema = made(way[1])
+            train(engine, reducer, ema, 0, 1)
+            keep(engine, ema, folder / name(way), 2)
+            losses[name(way)] = train(engine, reducer, ema, 2, 3)
+            keep(engine, ema, folder / name(way), 4)
             engine.destroy()
             continue
         for before in WAYS:
-            engine, reducer = made(way[1])
-            checkpoint.load(engine, folder / name(before) / "step-00000002")
+            engine, reducer, ema = made(way[1])
+            checkpoint.load(engine, folder / name(before) / "step-00000002", ema)
             pair = folder / f"{name(before)}-then-{name(way)}"
-            keep(engine, pair, 2)
-            losses[pair.name] = train(engine, reducer, 2, 3)
-            keep(engine, pair, 4)
+            keep(engine, ema, pair, 2)
+            losses[pair.name] = train(engine, reducer, ema, 2, 3)
+            keep(engine, ema, pair, 4)
             engine.destroy()
     (folder / f"losses-{ranks}-{process}-{first}.json").write_text(json.dumps(losses))
     leave()
@@ -132,7 +138,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     path = folder / f"step-{step:08d}"
-    return {**load_file(path / MODEL), **load_file(path / OPTIMIZER)}
+    average = {f"ema.{key}": value for key, value in load_file(path / EMA).items()}
+    return {**load_file(path / MODEL), **load_file(path / OPTIMIZER), **average}
 
 
 def losses(folder: Path, key: str, ranks: int, first: bool) -> list[float]:
@@ -151,10 +158,11 @@ def test_any_goes_on_with_what_any_saved(folder: Path, before: tuple[int, int], 
     assert all(torch.equal(loaded[key], value) for key, value in saved.items())  # moved, not computed with
     assert float(saved["conv.weight.exp_avg_sq"].max()) > 0 and float(saved["conv.weight.step"]) == 2
     assert float((saved["norm.running_mean"]).abs().max()) > 0 and "num_batches_tracked" in "".join(saved)
+    assert (saved["ema.conv.weight"] != saved["conv.weight"]).all()
     whole, ours = tensors(folder / name(before), 4), tensors(folder / pair, 4)
     assert (before != after) or all(torch.equal(ours[key], value) for key, value in whole.items())
     for key, value in whole.items():
-        if value.is_floating_point() and "running" not in key and not key.startswith("unused"):
+        if value.is_floating_point() and "running" not in key and not key.startswith(("unused", "ema.unused")):
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
     torch.testing.assert_close(torch.tensor(losses(folder, pair, after[0], False)),
                                torch.tensor(losses(folder, name(before), before[0], True)), rtol=1e-5, atol=1e-6)

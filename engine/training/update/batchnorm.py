@@ -34,12 +34,17 @@ def average_statistics(model: nn.Module) -> None:
     """Set the running statistics of every rank to their mean over ranks (a collective)."""
     if world() == 1:
         return
-    buffers = _running(model)
+    buffers = running(model)
     if not buffers:
         return
     flat = average_(torch.cat([b.flatten() for b in buffers]))
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
         buffer.copy_(mean.view_as(buffer))
+
+
+def running(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of a model."""
+    return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
 class RunningStatistics:
@@ -49,7 +54,7 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module):
-        buffers = _running(model)
+        buffers = running(model)
         self._now = torch.cat([b.flatten() for b in buffers]) if buffers else torch.empty(0)
         for buffer, place in zip(buffers, self._now.split([b.numel() for b in buffers])):
             buffer.data = place.view_as(buffer)
@@ -62,7 +67,3 @@ class RunningStatistics:
         """Back to what `remember` saw if `norm` is not finite; on the device, which nobody waits for."""
         finite = torch.as_tensor(norm).isfinite().to(self._now.device, non_blocking=True)
         torch.where(finite, self._now, self._before, out=self._now)
-
-
-def _running(model: nn.Module) -> list[Tensor]:
-    return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
