@@ -51,13 +51,13 @@ def main() -> None:
         from deepspeed.accelerator import get_accelerator
 
         from engine.model.unet import MonthAttention
-        from engine.trainer import Trainer
+        from engine.training.update.step import Step
 
-        step = Trainer._train_step
+        take = Step.take
 
-        def watched(self: Trainer, *args: Any) -> Any:
+        def watched(self: Step, *args: Any) -> Any:
             before = len(device.waits)
-            result = step(self, *args)
+            result = take(self, *args)
             report["steps"].append(device.waits[before:])
             report["allreduce"] = self.engine.enable_backward_allreduce
             report["devices"] = sorted({str(value.device) for value in self.engine.module.state_dict().values()})
@@ -65,7 +65,7 @@ def main() -> None:
             return result
 
         try:
-            with mock.patch.object(Trainer, "_train_step", watched), profiler(report["profiled"]), \
+            with mock.patch.object(Step, "take", watched), profiler(report["profiled"]), \
                     mock.patch.object(MonthAttention, "implementation", "reference"):  # Triton wants a driver, too
                 command.run(command.arguments().parse_args())
         finally:

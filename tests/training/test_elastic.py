@@ -59,7 +59,7 @@ def made(stage: int) -> tuple[Any, Any, Ema]:
 
 
 def train(engine: Any, reducer: Any, ema: Ema, *steps: int) -> list[float]:
-    """As `Trainer._train_step` does, two chips a micro-batch; losses of all micro-batches of these steps."""
+    """As `Step.take` does, two chips a micro-batch; losses of all micro-batches of these steps."""
     losses = []
     for step in steps:
         images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))

@@ -34,7 +34,7 @@ class Step:
 
     def __init__(self, engine: Any, reducer: Reducer | None, loss: Loss, config: Config, sharding: Sharding,
                  scale: LossScale, around: Callable[[int], AbstractContextManager[Any]]):
-        self._engine, self._reducer, self._loss = engine, reducer, loss
+        self.engine, self._reducer, self._loss = engine, reducer, loss
         self._config, self._sharding, self._scale, self._around = config, sharding, scale, around
         self._statistics = RunningStatistics(engine.module)
 
@@ -42,7 +42,7 @@ class Step:
         """Step `number` of the run, on `Sharding.accumulate` micro-batches."""
         # Stochastic layers draw from the step's number, so that a resume needs no generator state
         torch.manual_seed(seed_of(self._config, number, rank()))
-        engine, train = self._engine, self._config.train
+        engine, train = self.engine, self._config.train
         losses, chips = [], []
         norm: Tensor | float = 0.0
         scale = self._scale.value if train.precision == "fp16" else 1.0
@@ -73,9 +73,9 @@ class Step:
 
     def _clip(self, scale: float) -> Tensor:
         """Clip at ZeRO stage 0, and have the optimizer skip the update on the device if the norm is not finite."""
-        optimizer = self._engine.optimizer
+        optimizer = self.engine.optimizer
         clip = (self._config.optimizer.clip or float("inf")) * scale
-        norm = torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), clip, foreach=True)
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         if scale != 1.0:
             optimizer.grad_scale = torch.tensor(scale, device=norm.device)
