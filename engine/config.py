@@ -124,6 +124,16 @@ class Phase(Section):
     start_from: Literal["best", "last", "best-ema", "last-ema"] = "best"
 
 
+class Hang(Section):
+    """Seconds after which a rank that does not get on hangs: all ranks say which one it is and in what, and end."""
+
+    starting: Positive = 1800  # setting up; where chips are checked, one chip
+    reading: Positive = 600  # waiting for a micro-batch of the loader
+    step: Positive = 1800  # a micro-batch forward and backward; the first of a shape compiles for minutes
+    validation: Positive = 1800  # a batch, in all views
+    saving: Positive = 1800  # copying, and waiting for what was to be written before
+
+
 class Train(Section):
     global_batch: Positive = 16  # chips a step, over all ranks
     # Chips a rank and forward pass, which is also what BatchNorm sees as one batch; the global batch is made of as many
@@ -143,7 +153,8 @@ class Train(Section):
     # Steps in a row whose loss or gradient is not finite, that stop the run and leave RUN/dump; before that their
     # updates are left out.  More than the 16 in which fp16's loss scale may come down from where it begins
     not_finite: Positive = 20
-    timeout_s: Positive = 600  # how long ranks wait for one another before they call one lost
+    timeout_s: Positive = 600  # how long ranks wait to meet, and for one of which nothing is heard: frozen, cut off
+    hang_s: Hang = Hang()  # how long they wait for one that is heard of, and does not get on
 
 
 class Validate(Section):

@@ -31,6 +31,7 @@ from engine.base.distributed import (
 from engine.base.errors import ConfigError, DataError, EngineError
 from engine.base.files import hard_link
 from engine.base.progress import Progress
+from engine.base.sections import HERE
 from engine.config import Config, Phase
 from engine.data.batch import Batch, Request
 from engine.data.forms import open_source
@@ -158,6 +159,7 @@ class Trainer:
         return path, state
 
     def _run_phase(self, phase: Phase, resume_from: Path | None) -> dict[str, float]:
+        HERE.enter("starting")
         state, config = self.state, self.config
         self.phase_chips = self.train_chips
         if phase.train_on == "all" and not config.data.overfit:
@@ -230,6 +232,7 @@ class Trainer:
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next micro-batch; where a rank cannot read its own, all ranks leave before the step."""
+        HERE.enter("reading")
         try:
             return next(batches)
         except Exception as error:
@@ -282,6 +285,7 @@ class Trainer:
         if self.ema is not None:
             with self.ema.in_place():
                 of_ema = self._evaluate(loader)
+        HERE.enter("saving")
         self._show(shown)
         self._keep(phase, metrics, progress)
         if self.ema is not None and of_ema is not None:
@@ -290,12 +294,14 @@ class Trainer:
         return metrics
 
     def _evaluate(self, loader: Loader, shown: Shown | None = None) -> dict[str, float]:
+        HERE.enter("validation")
         average_statistics(self.engine.module)
         self.engine.eval()
 
         def seen(batch: Batch, prediction: torch.Tensor) -> None:
             if shown is not None:
                 shown.add(batch, prediction)
+            HERE.enter("validation")  # the next batch's, also where ranks read
             if self.stop.agreed():
                 raise Interrupted
 
@@ -360,6 +366,7 @@ class Trainer:
             raise dump.diverged(left, self.window.skipped_in_a_row)
 
     def _save(self) -> None:
+        HERE.enter("saving")
         average_statistics(self.engine.module)
         self.checkpoints.save(self.engine, self.state.step, asdict(self.state), self.ema)
 

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
             print(describe(config))
         return 0
     ASKED.listen(parse_time(args.max_time) if args.max_time else None)
-    device = join(config.train.device, config.train.timeout_s)  # DeepSpeed, when imported, picks its device too
+    train = config.train
+    device = join(train.device, train.timeout_s, train.hang_s.model_dump())  # DeepSpeed, imported, picks its device too
     from engine.run.profile import Profile, parse_window
     from engine.trainer import Trainer
 

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from engine.base import launchers
 from engine.base.errors import ConfigError, DeviceError, EngineError
 from engine.base.launchers import Place
+from engine.base.sections import HERE
 from engine.base.stopping import ASKED, Asked, follow_launcher
 from engine.base.watch import Watch
 
@@ -36,11 +37,12 @@ class _Joined:
     names: list[str] = []  # noqa: RUF012  (of all ranks, for people: "rank 3 on host b")
 
 
-def join(wanted: str, timeout: float = 600.0) -> torch.device:
+def join(wanted: str, timeout: float = 600.0, limits: Mapping[str, float] | None = None) -> torch.device:
     """Join the processes that the launcher started, alone where there is none, and return this one's device.
 
-    wanted: "auto", "cpu" or "gpu".  timeout: seconds that ranks wait for one another.  To be called before DeepSpeed
-    is imported, which picks its accelerator then.
+    wanted: "auto", "cpu" or "gpu".  timeout: seconds that ranks wait to meet, and for one that is silent.  limits: how
+    many a rank may stand in a section (`engine.base.sections`), by its name, before it counts as one that hangs.  To be
+    called before DeepSpeed is imported, which picks its accelerator then.
     Raises DeviceError where "gpu" is not to be had, where ranks have devices of different kinds, or share a GPU;
     ConfigError where the launcher does not say which rank this is, or the others are not met.
     """
@@ -52,8 +54,10 @@ def join(wanted: str, timeout: float = 600.0) -> torch.device:
     except DeviceError as error:
         trouble = error  # the others have to hear of it
     store = _meet(place, device, timeout, trouble)
-    if place.world > 1:
-        _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout)
+    if limits:
+        HERE.enter("starting")
+    if place.world > 1 or limits:
+        _Joined.watch = Watch(store.clone(), place.rank, _Joined.names, timeout, limits)
         _Joined.watch.start()
     if place.local_world > 1:  # ranks of a host share its cores
         cores = own_cores()
@@ -71,7 +75,9 @@ def join(wanted: str, timeout: float = 600.0) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(device)
-    backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Their own patience ends last: it would name whoever waits
+    wait = timedelta(seconds=timeout + max((limits or {}).values(), default=0))
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=wait,
                             device_id=device if device.type == "cuda" else None)
     deepspeed.init_distributed(dist_backend=backend, timeout=wait, verbose=False)
@@ -107,6 +113,7 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         if trouble is not None:
             raise trouble
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        _Joined.names = [f"rank 0 on host {host}"]
         return dist.HashStore()  # which listens on no port
     own = _address_to(place.address)
     try:
@@ -195,6 +202,7 @@ def _free_port() -> int:
 def leave() -> None:
     """After success on all ranks: NCCL's communicators are destroyed together or not at all."""
     if _Joined.watch is not None:
+        HERE.enter("")
         _Joined.watch.all_here()
         barrier()
         _Joined.watch.stop()
@@ -209,6 +217,9 @@ def abandon(error: BaseException) -> str | None:
     """
     watch = _Joined.watch
     if watch is None:
+        return None
+    if len(_Joined.names) == 1:
+        watch.stop()
         return None
     if isinstance(error, Elsewhere):
         watch.heard()
@@ -263,6 +274,7 @@ def share_of_host(threads: Threads) -> int:
 def barrier() -> None:
     """All ranks have come here.  On the host: the device may still be at work."""
     if _Joined.host_group is not None:
+        HERE.passed()
         dist.barrier(group=_Joined.host_group)
 
 
@@ -270,6 +282,7 @@ def from_rank_0(value: Any) -> Any:
     """Rank 0's `value` (whatever pickles), on every rank."""
     holder = [value]
     if _Joined.host_group is not None:
+        HERE.passed()
         dist.broadcast_object_list(holder, src=0, group=_Joined.host_group)
     return holder[0]
 
@@ -278,6 +291,7 @@ def of_all(value: Any) -> list[Any]:
     """The ranks' values (whatever pickles), on every rank."""
     values = [value] * world()
     if _Joined.host_group is not None:
+        HERE.passed()
         dist.all_gather_object(values, value, group=_Joined.host_group)
     return values
 
@@ -306,6 +320,7 @@ def together() -> Iterator[None]:
 def average_(tensor: torch.Tensor) -> torch.Tensor:
     """Mean over ranks, in place."""
     if world() > 1:
+        HERE.passed()
         dist.all_reduce(tensor)
         tensor /= world()
     return tensor
@@ -339,5 +354,6 @@ class StopFlag:
         if _Joined.host_group is None:
             return state
         flag = torch.tensor([state])
+        HERE.passed()
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=_Joined.host_group)
         return int(flag)

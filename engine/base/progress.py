@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from engine.base.sections import HERE
+
 
 class Progress:
     """`with Progress("packing", total=1000, unit="chip") as progress: progress.advance(1, "note")`.
@@ -35,6 +37,7 @@ class Progress:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
+        HERE.moved()
         if self._bar is not None:
             self._bar.update(count)
             if note:

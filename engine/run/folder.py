@@ -32,7 +32,7 @@ _WORDS = {"steps": "in steps (packed)", "exact": "as they are (TIFFs, packed wit
 # What may differ between the commands that start and resume a run
 _FREE = (("log",), ("checkpoint",), ("data", "readers"), ("data", "threads"), ("data", "prefetch"),
          ("data", "cache_gb"), ("data", "verify"), ("data", "path"), ("data", "backend"), ("run", "folder"),
-         *(("train", key) for key in ("timeout_s", "not_finite", "deterministic", "zero_stage", "precision",
+         *(("train", key) for key in ("timeout_s", "hang_s", "not_finite", "deterministic", "zero_stage", "precision",
                                       "micro_batch")))
 
 

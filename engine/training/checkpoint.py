@@ -31,6 +31,7 @@ from torch import Tensor
 from engine.base.distributed import from_rank_0, rank, together, world
 from engine.base.errors import EngineError
 from engine.base.files import fsync, sha256, write_text
+from engine.base.sections import HERE
 from engine.config import Config
 from engine.model.tensors import write_tensors
 from engine.run.background import Background
@@ -148,6 +149,7 @@ class Checkpoints:
         """A collective.  Returns when all is copied; until then nothing may train."""
         self._give_up_after(self._config.checkpoint.failures)
         self._background.make_room()
+        HERE.passed()  # at ZeRO stages others wait inside what follows, where rank 0 waits for the disk
         tensors = {MODEL: full_state(engine), OPTIMIZER: optimizer_state(engine)}
         if ema is not None:
             with ema.in_place():

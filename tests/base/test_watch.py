@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from engine.base import watch
+from engine.base.sections import Sections
 from engine.base.watch import Watch
 from tests.conftest import free_port
 from tests.hosts import forks
@@ -174,3 +175,137 @@ def test_ranks_that_are_done_wait_for_one_that_works_on_alone() -> None:
         assert not any(thread.is_alive() for thread in threads)
         assert [each.reason for each in watches] == [None] * 3
     del server
+
+
+# Who hangs, and in what -------------------------------------------------------------------------------------------
+
+LIMITS = {"reading": 1.0, "step": 1.0, "starting": 60.0}
+
+
+@contextmanager
+def in_sections(names: list[str] = NAMES,
+                timeout: float = 60) -> Iterator[tuple[list[Sections], list[Watch], list[int]]]:
+    """Ranks that meet in a store of this process; what the main thread of each says."""
+    kept, left = dist.HashStore(), list[int]()
+    sections = [Sections() for _ in names]
+    watches = [Watch(kept, rank, names, timeout, LIMITS, own, left.append) for rank, own in enumerate(sections)]
+    for own, each in zip(sections, watches):
+        own.enter("starting")
+        each.start()
+    try:
+        yield sections, watches, left
+    finally:
+        for each in watches:
+            each.stop()
+
+
+def wait_in_a_step(own: Sections) -> None:
+    own.enter("reading")
+    own.enter("step")
+    own.passed()
+
+
+def named(watches: list[Watch]) -> str:
+    """What all say, the same."""
+    soon(lambda: all(each.reason is not None for each in watches))
+    [reason] = {each.reason for each in watches}
+    assert reason is not None
+    return reason
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_hangs_is_behind_those_who_wait_for_it(who: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Though they have stood longer than they may, and before it."""
+    with in_sections() as (sections, watches, left):
+        for rank, own in enumerate(sections):
+            if rank != who:
+                wait_in_a_step(own)
+        time.sleep(1.5)
+        assert [each.reason for each in watches] == [None] * 3  # it sets up, and has time for that
+        sections[who].enter("reading")
+        reason = named(watches)
+        assert reason.startswith(f"{NAMES[who]}, which hangs in reading for ") and reason.endswith(" s")
+        soon(lambda: len(left) == 3)
+    assert left == [2] * 3
+    said = capfd.readouterr().err
+    assert said.count(f"stopped by {reason}") == 3
+    assert said.count("hangs; where its threads stand") == 1
+    assert f"{NAMES[who]} hangs; where" in said and "most recent call first" in said and " in soon" in said
+
+
+def test_several_that_hang_are_all_named() -> None:
+    with in_sections() as (sections, watches, _):
+        wait_in_a_step(sections[0])
+        sections[1].enter("reading")
+        sections[2].enter("reading")
+        assert named(watches).startswith(f"{NAMES[1]}, {NAMES[2]}, which hang in reading for ")
+
+
+def test_where_none_is_behind_all_are_said_to_hang() -> None:
+    with in_sections() as (sections, watches, _):
+        for own in sections:
+            wait_in_a_step(own)
+        reason = named(watches)
+    assert reason.startswith("all 3 ranks, none of them behind another (a GPU, NCCL or the network), "
+                             "which hang in step for ")
+
+
+@pytest.mark.parametrize("sign", [lambda own: own.enter("reading"), Sections.passed, Sections.moved])
+def test_a_rank_that_gets_on_does_not_hang(sign: Callable[[Sections], None]) -> None:
+    with in_sections(NAMES[:1]) as ([own], [alone], _):
+        own.enter("reading")
+        for _turn in range(20):
+            sign(own)
+            time.sleep(0.1)
+        assert alone.reason is None
+
+
+def test_a_frozen_rank_is_named_as_silent_with_the_section_it_was_in() -> None:
+    """And not another as one that hangs, which is behind what the frozen one last said."""
+    with in_sections(timeout=3) as (sections, watches, _):
+        for own in sections:
+            wait_in_a_step(own)
+        sections[1].passed()
+        time.sleep(0.5)
+        watches[1].stop()
+        reason = named([watches[0], watches[2]])
+        assert reason.startswith(f"{NAMES[1]}, which has not been heard of for ")
+        assert reason.endswith(", last known in step")
+
+
+def test_a_rank_alone_is_watched(capfd: pytest.CaptureFixture[str]) -> None:
+    with in_sections(NAMES[:1]) as ([own], [alone], left):
+        own.enter("reading")
+        soon(lambda: bool(left))
+        assert left == [2] and str(alone.reason).startswith(f"{NAMES[0]}, which hangs in reading for ")
+    said = capfd.readouterr().err
+    assert f"{NAMES[0]} hangs; where its threads stand" in said and "most recent call first" in said
+
+
+def watch_alone(started: Any) -> None:
+    watch.PERIOD = watch.GRACE = 0.1
+    own = Sections()
+    own.enter("reading")
+    Watch(dist.HashStore(), 0, NAMES[:1], 60, {"reading": 3.0}, own).start()
+    started.send(True)
+    for _ in range(8):  # a sleep counts on while the process is stopped
+        time.sleep(0.2)
+    own.enter("")
+    time.sleep(60)
+
+
+def test_who_is_stopped_and_goes_on_did_not_hang_meanwhile() -> None:
+    here, there = forks().Pipe()
+    process = forks().Process(target=watch_alone, args=(there,))
+    process.start()
+    try:
+        assert here.recv()
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(2)
+        assert process.exitcode is None
+    finally:
+        process.kill()
+        process.join()

@@ -73,7 +73,8 @@ def test_a_recipe_claims_its_folder_and_no_other_does(tmp_path: Path) -> None:
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
-    for train in ({}, {"zero_stage": 3}, {"precision": "fp32"}, {"micro_batch": 4}, {"timeout_s": 60}):
+    for train in ({}, {"zero_stage": 3}, {"precision": "fp32"}, {"micro_batch": 4}, {"timeout_s": 60},
+                  {"hang_s": {"reading": 60}}):
         lock = claim(tmp_path / "run", parse_config({
             "data": {"path": "/none"}, "run": {"folder": str(tmp_path)}, "train": train}, "a test"), False, DATA)
         assert lock is not None

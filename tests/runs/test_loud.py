@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import signal
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from engine import trainer
+from engine.base.distributed import StopFlag
+from engine.base.sections import HERE
+from engine.base.stopping import Asked
 from engine.data.index import open_index
 from engine.data.plan import Sharding, training_batches
 from tests.conftest import Command
@@ -131,12 +141,74 @@ def test_a_frozen_rank_is_named_after_the_timeout(path: Path, tmp_path: Path, fr
     with started(tmp_path / "log", "train", "--config", path, "--set", "train.timeout_s=10",
                  variables=torchrun(2)) as ranks:
         ranks[0].until(lambda: bool(history(tmp_path / "run")))
+        time.sleep(1)  # both have said since then where they stand
         ranks[frozen].signal(signal.SIGSTOP)
         begin = time.monotonic()
         assert ranks[1 - frozen].wait(55) == 2
         text = ranks[1 - frozen].text()
         assert time.monotonic() - begin > 8  # and not after the 60 s of the recipe
         assert f"stopped by rank {frozen} on host {HOST}, which has not " in text and "Traceback" not in text
+        assert re.search("last known in (reading|step)$", text, re.MULTILINE)
+
+
+def hang(section: str) -> None:
+    """The main thread stands for ever, in the second batch, step or validation, or for a disk that takes no checkpoint;
+    all others live."""
+    from engine.data.loader import Loader
+    from engine.inference import chips
+    from engine.model.unet import BiomassUNet
+    from engine.training import checkpoint
+
+    def stand(*_: object, **__: object) -> None:
+        threading.Event().wait()
+
+    def after_the_first(work: Any) -> Any:
+        calls = iter([work])
+        return lambda *args, **more: next(calls, stand)(*args, **more)
+
+    end_sooner()
+    place, name = {"reading": (Loader, "_batch"), "step": (BiomassUNet, "forward"), "saving": (checkpoint, "write"),
+                   "validation": (chips, "predict_batch")}[section]
+    setattr(place, name, after_the_first(getattr(place, name)) if section != "saving" else stand)
+
+
+def end_sooner() -> None:
+    from engine.base import watch
+
+    watch.GRACE = 3.0
+
+
+@pytest.mark.parametrize(("section", "world", "hanging", "more"), [
+    ("reading", 2, 1, "validate.every=100"), ("step", 2, 1, "validate.every=100"),
+    ("saving", 2, 0, "train.zero_stage=2"), ("validation", 1, 0, "validate.every=1")])
+def test_a_rank_that_hangs_is_named_with_what_it_was_doing(path: Path, tmp_path: Path, section: str, world: int,
+                                                           hanging: int, more: str) -> None:
+    """Its main thread hangs, and the process lives; others wait for it in a message."""
+    before = {**dict.fromkeys(range(world), end_sooner), hanging: functools.partial(hang, section)}
+    with started(tmp_path / "log", "train", "--config", path, "--set", "validate.every=1", "--set", more, "--set",
+                 f"train.hang_s.{section}=8", variables=torchrun(world) if world > 1 else [{}], before=before) as ranks:
+        assert [rank.wait() for rank in ranks] == [2] * world
+    for number, rank in enumerate(ranks):
+        text = rank.text()
+        assert re.search(rf"stopped by rank {hanging} on host {HOST}, which hangs in {section} for \d+ s$", text,
+                         re.MULTILINE), text
+        assert "Traceback" not in text
+        assert (" in stand\n" in text) == ("most recent call first" in text) == (number == hanging), text
+
+
+def test_each_batch_of_a_validation_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stood = []
+
+    def predict(*_: object, each: Callable[..., None], **__: object) -> Any:
+        for _batch in range(3):
+            stood.append(HERE.now)
+            each(mock.Mock(), mock.Mock())
+        return mock.Mock()
+
+    monkeypatch.setattr(trainer, "predict_chips", predict)
+    monkeypatch.setattr(trainer, "average_statistics", mock.Mock())
+    trainer.Trainer._evaluate(mock.Mock(stop=StopFlag(Asked())), None)
+    assert {name for _, name in stood} == {"validation"} and len(set(stood)) == 3
 
 
 def test_a_stop_that_reaches_one_rank_saves_on_all(path: Path, tmp_path: Path) -> None:

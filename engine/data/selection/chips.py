@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 
+from engine.base.distributed import rank
 from engine.base.errors import ConfigError, DataError
+from engine.base.progress import Progress
 from engine.config import Config
 from engine.data.dataset import load_dataset
 from engine.data.forms import read_label
@@ -21,7 +23,10 @@ def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
     index = open_index(config.data.path, load_dataset(config.data.dataset))
     if config.data.verify:
         stored = is_store(index.root)
-        problems = verify_store(index.root) if stored else verify(index.files)
+        with Progress("verifying", len(index) if stored else len(index.files), "chip" if stored else "file",
+                      quiet=rank() != 0) as progress:
+            problems = (verify_store(index.root, progress=progress.advance) if stored else
+                        verify(index.files, progress=progress.advance))
         if problems:
             raise DataError(f"{index.root}: {len(problems)} of {len(index) if stored else len(index.files)} files "
                             f"differ from what was {'packed' if stored else 'published'}, first {problems[0].path}: "

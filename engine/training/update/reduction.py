@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.base.sections import HERE
+
 BUCKET_BYTES = 25 << 20  # as PyTorch's DDP: large enough for full bandwidth, small enough to begin early
 
 
@@ -39,6 +41,7 @@ class Reducer:
         """Afterwards every parameter's gradient is the mean over ranks; zero where no rank had one."""
         for bucket in self._buckets[self._next:]:
             bucket.send()
+        HERE.passed()
         for bucket in self._buckets:
             bucket.receive()
         self._active = False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.base.distributed import rank
+from engine.base.sections import HERE
 from engine.config import Config
 from engine.data.batch import Batch
 from engine.data.plan import Sharding
@@ -50,6 +51,7 @@ class Step:
             engine.optimizer.override_loss_scale(scale)
         self._statistics.remember()
         for turn, batch in enumerate(batches, 1):
+            HERE.enter("step")
             reducer = self._reducer if turn == self._sharding.accumulate else None
             with self._around(int((~batch.dropped).sum())):
                 loss = self._loss(engine(batch.images, batch.dropped), batch.label)
