@@ -32,13 +32,18 @@ _BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 30_000_000}
 def deepspeed_config(config: Config, sharding: Sharding) -> dict[str, Any]:
     """The DeepSpeed config that a recipe means, its global batch cut by `sharding`.
 
-    Raises ConfigError where the recipe's `deepspeed:` block sets what the engine derives.
+    Raises ConfigError where the recipe's `deepspeed:` block sets what the engine derives, or offloads to NVMe.
     """
     own = copy.deepcopy(config.deepspeed)
     zero = own.get("zero_optimization") or {}
     for key, instead in _DERIVED.items():
         if key in own or (key == "zero_optimization.stage" and "stage" in zero):
             raise ConfigError(f"deepspeed.{key}: the engine sets this; use {instead}")
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise ConfigError(f"deepspeed.zero_optimization.{key}.device: checkpoints do not hold what lies on an NVMe "
+                              f"(nvme); use cpu")
+    own.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded, the update is torch's fused AdamW too
     train = config.train
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": sharding.micro_batch,

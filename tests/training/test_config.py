@@ -115,3 +115,10 @@ def test_the_deepspeed_config(stage: int) -> None:
 def test_what_the_engine_derives_is_refused(block: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"deepspeed\.[\w.]+: the engine sets this; use "):
         deepspeed_config(make(deepspeed=block), Sharding(16))
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_what_checkpoints_would_not_hold_is_refused(key: str) -> None:
+    block = {"zero_optimization": {key: {"device": "nvme", "nvme_path": "/tmp"}}}
+    with pytest.raises(ConfigError, match=rf"^deepspeed.zero_optimization.{key}.device: checkpoints .*; use cpu$"):
+        deepspeed_config(make(train={"zero_stage": 3}, deepspeed=block), Sharding(16))

@@ -46,10 +46,15 @@ class Model(nn.Module):
         return self.head(torch.relu(self.norm(self.conv(x))))
 
 
-def made(stage: int) -> tuple[Any, Any, Ema]:
+OFFLOADED = {2: ["offload_optimizer"], 3: ["offload_optimizer", "offload_param"]}  # to the CPU, by stage
+
+
+def made(stage: int, offloaded: bool = False) -> tuple[Any, Any, Ema]:
     recipe = {"data": {"path": "/none"}, "optimizer": {"lr": 0.01},
               "train": {"zero_stage": stage, "precision": "fp32", "global_batch": 4, "micro_batch": 2},
-              "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 10}} if stage == 3 else {}}
+              "deepspeed": {"zero_optimization": {
+                  **({"stage3_param_persistence_threshold": 10} if stage == 3 else {}),
+                  **{key: {"device": "cpu"} for key in (OFFLOADED[stage] if offloaded else [])}}}}
     torch.manual_seed(0)
     sharding = Sharding(2, 2 // world(), world(), rank())
     model: Any = Model()
@@ -106,6 +111,16 @@ def work(process: int, ranks: int, port: str, folder: Path, first: bool) -> None
             losses[name(way)] = train(engine, reducer, ema, 2, 3)
             keep(engine, ema, folder / name(way), 4)
             engine.destroy()
+            if way[1] in OFFLOADED:
+                engine, reducer, ema = made(way[1], offloaded=True)
+                train(engine, reducer, ema, 0, 1)
+                keep(engine, ema, folder / f"{name(way)}-offloaded", 2)
+                engine.destroy()
+                engine, reducer, ema = made(way[1], offloaded=True)
+                checkpoint.load(engine, folder / f"{name(way)}-offloaded" / "step-00000002", ema)
+                losses[f"{name(way)}-offloaded"] = train(engine, reducer, ema, 2, 3)
+                keep(engine, ema, folder / f"{name(way)}-offloaded", 4)
+                engine.destroy()
             continue
         for before in WAYS:
             engine, reducer, ema = made(way[1])
@@ -166,3 +181,13 @@ def test_any_goes_on_with_what_any_saved(folder: Path, before: tuple[int, int], 
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
     torch.testing.assert_close(torch.tensor(losses(folder, pair, after[0], False)),
                                torch.tensor(losses(folder, name(before), before[0], True)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [way for way in WAYS if way[1] in OFFLOADED], ids=name)
+def test_what_is_offloaded_to_the_cpu_is_saved_and_loaded(folder: Path, way: tuple[int, int]) -> None:
+    """As what is not: saved after two steps, loaded, and two steps more.  On a CPU, by DeepSpeed's code for it."""
+    for step in (2, 4):
+        plain, ours = tensors(folder / name(way), step), tensors(folder / f"{name(way)}-offloaded", step)
+        assert plain.keys() == ours.keys() and all(torch.equal(ours[key], value) for key, value in plain.items())
+    assert losses(folder, f"{name(way)}-offloaded", way[0], True) == losses(folder, name(way), way[0], True)
