@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class RunLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._history = path.open("ab", buffering=0)
         self._unwritten, self._full = b"", False
-        self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board: Any = None
+        self._others_fail, threading.excepthook = threading.excepthook, self._thread_failed
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def steps(self, first: int, columns: dict[str, list[float]]) -> None:
         """One history line a step from step `first` on; the mean of each column goes to TensorBoard."""
@@ -71,14 +74,27 @@ class RunLog:
             self._flush()
             self._history.close()
             self._show("close")
+            threading.excepthook = self._others_fail
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes on a thread of its own, whose failure Python would print as a bug."""
+        if isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard."):
+            self._leave_board(failure.exc_value)
+        else:
+            self._others_fail(failure)
 
     def _show(self, call: str, *args: Any, **more: Any) -> None:
         """A call of TensorBoard's writer, which fails for ever after the disk was full once."""
         try:
-            if self._board is not None:
-                getattr(self._board, call)(*args, **more)
+            board = self._board
+            if board is not None:
+                getattr(board, call)(*args, **more)
         except OSError as error:
-            self._board = None
+            self._leave_board(error)
+
+    def _leave_board(self, error: OSError) -> None:
+        board, self._board = self._board, None
+        if board is not None:
             log.warning(f"TensorBoard's file cannot be written ({error}): no more curves and pictures until the run is "
                         f"started again; history.jsonl has the numbers")
 

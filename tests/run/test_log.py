@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from engine.run.log import RunLog
 
@@ -49,6 +52,31 @@ def test_lines_wait_for_room_on_the_disk(tmp_path: Path, caplog: pytest.LogCaptu
     log.scalars("validation", 3, {"loss": 4.0})
     assert rows(tmp_path) == [1, 2, 3, 4]
     log.close()
+
+
+def test_a_board_whose_thread_fails_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    bugs: list[object] = []
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        bugs.append(failure.exc_type)
+
+    monkeypatch.setattr(threading, "excepthook", hook)
+    log = RunLog(tmp_path, 0)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(1, 4):
+        log.steps(step, {"loss": [float(step)]})
+        time.sleep(0.1)
+    bug = threading.Thread(target=lambda: 1 / 0)
+    bug.start()
+    bug.join()
+    log.close()
+    assert rows(tmp_path) == [1, 2, 3] and threading.excepthook is hook
+    [record] = caplog.records
+    assert "no more curves and pictures" in record.message and bugs == [ZeroDivisionError]
 
 
 def test_a_board_that_cannot_be_written_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
