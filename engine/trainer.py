@@ -28,17 +28,18 @@ from engine.base.distributed import (
     together,
     world,
 )
-from engine.base.errors import ConfigError, DataError, EngineError
+from engine.base.errors import ConfigError, EngineError
 from engine.base.files import hard_link
 from engine.base.progress import Progress
 from engine.base.sections import HERE
 from engine.config import Config, Phase
-from engine.data.batch import Batch, Request
+from engine.data.batch import BadChip, Batch, Request, read_for
 from engine.data.forms import open_source
 from engine.data.loader import Loader
-from engine.data.plan import draw, training_batches
 from engine.data.selection import quarantine
 from engine.data.selection.chips import select_chips
+from engine.data.selection.quarantine import in_validation
+from engine.data.selection.supply import Supply, training_requests
 from engine.inference import pictures
 from engine.inference.chips import chosen_views, predict_chips
 from engine.model import weights
@@ -99,9 +100,13 @@ class Trainer:
             self.backend = "gpu" if device.type == "cuda" else "cpu"
         with together():
             self.train_chips, self.val_chips = select_chips(config)
-        bad = self._leave_out_bad_chips() if config.data.bad_chips == "quarantine" else None
+        self.quarantine, whole = None, self.train_chips
+        if config.data.bad_chips == "quarantine":
+            self.quarantine = quarantine.inspect(config, self.train_chips + self.val_chips, self.val_chips, restart)
+            self.train_chips, self.val_chips = map(self.quarantine.kept, (self.train_chips, self.val_chips))
+            whole = self.quarantine.whole(self.train_chips)
         with together():
-            self.source = open_source(self.train_chips, nodata_months=config.data.nodata_months,
+            self.source = open_source(whole, nodata_months=config.data.nodata_months,
                                       cache_gb=config.data.cache_gb, backend=self.backend, need_target=True)
         self.dataset = self.source.dataset
         self.loss = make_loss(config.loss.name, self.dataset.target, **config.loss.options)
@@ -119,9 +124,6 @@ class Trainer:
         if config.data.cache_gb and local_world() > 1:
             self._say(f"data.cache_gb: {config.data.cache_gb:g} GB for each rank, "
                       f"{config.data.cache_gb * local_world():g} GB on a host of {local_world()}")
-        with together():
-            if bad is not None and rank() == 0:
-                quarantine.record(self.folder, bad)
 
     # The run -------------------------------------------------------------------------------------------------
 
@@ -135,6 +137,9 @@ class Trainer:
             if rank() == 0:
                 found = self._where_to_begin()
         resume_from, self.state = from_rank_0(found)
+        with together():
+            if self.quarantine is not None:
+                self.quarantine.begin(self.state.step)
         self.log = RunLog(self.folder, self.state.step)
         metrics: dict[str, float] = {}
         try:
@@ -174,7 +179,8 @@ class Trainer:
             self._say(f"resumed from {resume_from}")
         train_loader = self._loader(self.sharding.micro_batch, warp=True)
         eval_loader = self._loader(self.eval_batch, warp=False)
-        batches = train_loader.batches(self._requests(self._step_in_epoch))
+        batches = Supply(train_loader, lambda: self._requests(self._step_in_epoch), self.sharding.accumulate,
+                         self.quarantine)
         title = f"phase {phase.name}" if len(config.phases) > 1 else "training"
         metrics: dict[str, float] = {}
         with Progress(title, phase.epochs * self.steps_per_epoch, "step", quiet=rank() != 0,
@@ -197,7 +203,7 @@ class Trainer:
         self.engine.train()
         while self._step_in_epoch < self.steps_per_epoch:
             batch = self._next(batches)
-            if self.stop.agreed():
+            if self._agreed():
                 self._save_and_stop()
             with self.profile.step(state.step):
                 taken = self.step.take(state.step, self._micro_batches(batch, batches))
@@ -238,23 +244,21 @@ class Trainer:
         except Exception as error:
             self.stop.failed(error)
 
+    def _agreed(self) -> bool:
+        """Whether all stop.  On the way they hear which chips have turned bad."""
+        if self.quarantine is None:
+            return self.stop.agreed()
+        stop = self.stop.agreed(self.quarantine.news())
+        self.quarantine.hear(self.stop.told)
+        return stop
+
     def _micro_batches(self, first: Batch, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Those of a step that `first` begins."""
         yield first
         for _ in range(1, self.sharding.accumulate):
             batch = self._next(batches)
-            self.stop.agreed()  # whether all could read; a wish to stop waits for the end of the step
+            self._agreed()  # whether all could read; a wish to stop waits for the end of the step
             yield batch
-
-    def _leave_out_bad_chips(self) -> dict[str, str]:
-        data, chips = self.config.data, {chip.id: chip for chip in self.train_chips + self.val_chips}
-        bad = quarantine.find(data.path, list(chips.values()), data.nodata_months, share_of_host(data.readers))
-        self.train_chips, self.val_chips = ([chip for chip in some if chip.id not in bad]
-                                            for some in (self.train_chips, self.val_chips))
-        if not self.train_chips or not self.val_chips:
-            raise DataError(f"{data.path}: {len(bad)} of {len(chips)} chips are bad, and none is left to train or to "
-                            f"validate on; the first: {next(iter(bad.values()))}")
-        return bad
 
     # Batches -------------------------------------------------------------------------------------------------
 
@@ -266,15 +270,11 @@ class Trainer:
 
     def _requests(self, start: int) -> Iterator[list[Request]]:
         """This rank's micro-batches from step `start` of the epoch to the end of the phase."""
-        config, chips, first = self.config, self.phase_chips, self.state.epoch
-        before = sum(p.epochs for p in config.phases[:self.state.phase])
-        for epoch in range(first, config.phases[self.state.phase].epochs):
-            for items in training_batches(len(chips), config.run.seed, before + epoch, self.sharding,
-                                          start if epoch == first else 0, config.augment, self.dataset.months):
-                yield [Request(chips[item.chip],
-                               draw(self.dataset, config.augment, config.run.seed, before + epoch,
-                                    item.position))
-                       for item in items]
+        state, phases = self.state, self.config.phases
+        before = sum(phase.epochs for phase in phases[:state.phase])
+        return training_requests(self.phase_chips, self.config, self.dataset, self.sharding, self.quarantine,
+                                 epochs=range(before + state.epoch, before + phases[state.phase].epochs),
+                                 start=start, step=state.step - self._step_in_epoch + start)
 
     # Validation and saving -----------------------------------------------------------------------------------
 
@@ -306,9 +306,12 @@ class Trainer:
                 raise Interrupted
 
         with torch.compiler.set_stance("force_eager"):  # compiling for validation too would take as long again
-            table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
-                                  tta=self.eval_views, precision=self.config.train.precision, device=self.device,
-                                  each=seen)
+            try:
+                table = predict_chips(self.engine.module, loader, self.val_chips, micro_batch=self.eval_batch,
+                                      tta=self.eval_views, precision=self.config.train.precision, device=self.device,
+                                      each=seen)
+            except BadChip as bad:
+                self.stop.failed(in_validation(bad, self.state.step))
         return table.metrics()
 
     def _keep(self, phase: Phase, metrics: dict[str, float], progress: Progress, of: str = "") -> None:
@@ -334,7 +337,10 @@ class Trainer:
 
         def draw_all() -> None:
             for chip, prediction in zip(self.val_chips, predictions):
-                stack = self.source.stack(chip)
+                try:
+                    stack = read_for(Request(chip), self.source.stack, chip)
+                except BadChip as bad:
+                    raise in_validation(bad, step) from None
                 figure = pictures.chip_figure(chip.id, stack, prediction, stack.label[..., 0])
                 self.log.picture(f"chips/{chip.id}", step, pictures.pixels(figure))
 

@@ -333,13 +333,16 @@ class StopFlag:
 
     def __init__(self, asked: Asked = ASKED) -> None:
         self.asked = asked
+        self.told: list[Any] = []  # what ranks had to tell when they last agreed, in the order of ranks
 
-    def agreed(self) -> bool:
-        """Whether to stop.  Raises Elsewhere where a rank has said `failed`."""
-        state = self._most(self.STOP if self.asked.now else self.GO)
+    def agreed(self, tell: Any = None) -> bool:
+        """Whether to stop.  What a rank has to `tell` (whatever pickles; None for nothing) all find in `told`: one more
+        message where there is any.  Raises Elsewhere where a rank has said `failed`."""
+        state, telling = self._most(self.STOP if self.asked.now else self.GO, tell is not None)
         if state == self.FAILED:
             with together():  # they say why
                 pass
+        self.told = [told for told in of_all(tell) if told is not None] if telling else []
         return state == self.STOP
 
     def failed(self, error: Exception) -> NoReturn:
@@ -350,10 +353,9 @@ class StopFlag:
         raise AssertionError("unreachable")
 
     @staticmethod
-    def _most(state: int) -> int:
-        if _Joined.host_group is None:
-            return state
-        flag = torch.tensor([state])
-        HERE.passed()
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_Joined.host_group)
-        return int(flag)
+    def _most(state: int, telling: bool = False) -> list[int]:
+        flags = torch.tensor([state, telling])
+        if _Joined.host_group is not None:
+            HERE.passed()
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=_Joined.host_group)
+        return flags.tolist()

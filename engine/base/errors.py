@@ -19,6 +19,10 @@ class DataError(EngineError):
     """Input data that is missing, damaged or of another shape; names the file or chip."""
 
 
+class GoneError(DataError):
+    """The folder that data lie in is gone as a whole; names the folder and the file that was wanted."""
+
+
 class WeightsError(EngineError):
     """Weights that are missing or do not fit the model; names the file and the tensors."""
 

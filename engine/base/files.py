@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from engine.base.errors import DataError, GoneError
+
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
@@ -60,6 +62,29 @@ def fsync(path: Path) -> None:
 def write_text(path: Path | str, text: str) -> None:
     with atomic_write(path) as handle:
         handle.write(text.encode())
+
+
+def unreadable(path: Path | str, error: OSError, remedy: str) -> DataError:
+    """What to raise where `error` came of opening or reading a data file: whether the file or its whole folder is gone,
+    as when a disk is no longer mounted."""
+    folder = Path(path).parent
+    try:
+        left = any(os.scandir(folder))
+    except OSError:
+        left = _is_folder(folder)  # there, and only to be entered
+    if not left:
+        while not _is_folder(folder.parent) and folder != folder.parent:
+            folder = folder.parent
+        state = "is empty now" if _is_folder(folder) else "is gone, or cannot be reached"
+        return GoneError(f"{folder}: the folder {state} ({path} is wanted: {error.strerror}); mount or restore it, and "
+                         f"run the same command again")
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: is missing; {remedy}")
+    return DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk, then {remedy}")
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where a disk that is gone says ESTALE or EIO)
 
 
 def sha256(path: Path) -> str:

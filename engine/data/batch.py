@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from engine.base.errors import DataError
 from engine.data.index import Chip
 from engine.data.plan import IDENTITY, Draw
 
 
 class Request(NamedTuple):
-    """One chip of a batch, and what to do to it.  `row` travels along: the chip's place in a table of results."""
+    """One chip of a batch, and what to do to it.  What travels along: `row`, the chip's place in a table of results;
+    for training, `step`, which wants it (from 1 on), and `others`, the chips that may take its place, in this order."""
 
     chip: Chip
     draw: Draw = IDENTITY
     row: int = 0
     valid: bool = True
+    step: int = 0
+    others: Callable[[], Iterator[Chip]] | None = None
+
+
+class BadChip(DataError):
+    """A chip that cannot be read.  `request`: what it was wanted for; `error`: what is wrong."""
+
+    def __init__(self, request: Request, error: DataError | OSError):
+        super().__init__(str(error))
+        self.request, self.error = request, error
+
+
+T = TypeVar("T")
+
+
+def read_for(request: Request, read: Callable[..., T], *args: Any) -> T:
+    """`read(*args)`, which reads the chip of `request`.  Raises BadChip."""
+    try:
+        return read(*args)
+    except (DataError, OSError) as error:
+        raise BadChip(request, error) from None
 
 
 class Produced(NamedTuple):

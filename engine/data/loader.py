@@ -6,9 +6,11 @@ Training and prediction ask for batches the same way; only the requests differ.
 
 from __future__ import annotations
 
+import functools
+import gc
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -39,28 +41,35 @@ class Loader:
                               "(and train.device: cpu)")
         self.wait = 0.0
         self._dtype, self._handoff, self._months = DTYPES[precision], Handoff(device), source.dataset.months
-        self._producer: Producer
+        self._make: Callable[[], Producer]
         if source.form == DIRECT:
             assert isinstance(source, PackedSource)
-            self._producer = Direct(source, batch_size, threads=readers, ahead=prefetch, warp=warp,
-                                    page_locked=device.type == "cuda")
+            self._make = functools.partial(Direct, source, batch_size, threads=readers, ahead=prefetch, warp=warp,
+                                           page_locked=device.type == "cuda")
         else:
-            self._producer = Piped(source, batch_size, device=device, gpu=backend == "gpu", half=precision != "fp32",
-                                   warp=warp, readers=readers, threads=threads, prefetch=prefetch)
+            self._make = functools.partial(Piped, source, batch_size, device=device, gpu=backend == "gpu",
+                                           half=precision != "fp32", warp=warp, readers=readers, threads=threads,
+                                           prefetch=prefetch)
+        self._idle: Producer | None = self._make()
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Batch]:
         """Yield one batch for each list of `batch_size` requests, in order.
 
-        Raises DataError from the reading of a chip.  Read to the end or drop the loader: batches prepared ahead
-        of an abandoned iteration would come first in the next.
+        Raises BadChip.  After an iteration that was not read to its end, the next takes as long to begin as the first:
+        batches prepared ahead must not come in it, and so all is made anew.
         """
-        produced = self._producer.batches(requests)
+        producer, self._idle = self._idle, None
+        if producer is None:
+            gc.collect()  # the one before: a DALI pipeline and what feeds it hold each other
+            producer = self._make()
+        produced = producer.batches(requests)
         try:
             while True:
                 start = time.perf_counter()
                 with self._handoff.stream():
                     made = next(produced, None)
                 if made is None:
+                    self._idle = producer
                     return
                 batch = self._batch(made)
                 del made  # its memory is used again when the consumer has dropped the batch
@@ -116,7 +125,7 @@ class Piped:
     def _tell(self, requests: Iterable[list[Request]]) -> Iterator[list[Job]]:
         for batch in requests:
             self._asked.append(batch)
-            yield [Job(request.chip, request.draw.keep, self._turn(request)) for request in batch]
+            yield [Job(request, self._turn(request)) for request in batch]
 
     def _turn(self, request: Request) -> Turn | None:
         if not self._warp:

@@ -113,6 +113,12 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     return _generator(_ORDER, seed, epoch, 0).permutation(n)
 
 
+def following(n: int, seed: int, epoch: int, position: int) -> Iterator[int]:
+    """The other chips of an epoch, as they come after `position` of its order, whose end its beginning follows."""
+    chips = np.roll(order(n, seed, epoch), -position)
+    return map(int, chips[1:])
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a global batch of world × accumulate × micro_batch chips is cut."""

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.data.index import Chip
+from engine.data.batch import Request, read_for
 from engine.data.source import Source, Turn
 
 
 class Job(NamedTuple):
     """What to read."""
 
-    chip: Chip
-    keep: np.ndarray | None  # [T] bool; None: all
+    request: Request
     turn: Turn | None  # None: to be warped
 
 
@@ -32,7 +31,7 @@ class ReadAhead:
     """Iterates over batches of `Job`s, `depth` batches ahead of the consumer, on `threads` threads.
 
     Buffers are reused: what an iteration yields stays untouched for `hold` further iterations, which has to cover
-    the consumer's own queue.
+    the consumer's own queue.  Raises BadChip.
     """
 
     def __init__(self, source: Source, jobs: Iterable[list[Job]], threads: int, depth: int, hold: int):
@@ -66,11 +65,11 @@ class ReadAhead:
             batch = []
             for job in jobs:
                 buffer = self._free.pop() if self._free else self._source.buffer()
-                batch.append((self._pool.submit(self._read, job, buffer), buffer))
+                batch.append((self._pool.submit(read_for, job.request, self._read, job, buffer), buffer))
             self._pending.append(batch)
 
     def _read(self, job: Job, buffer: Any) -> Fed:
-        stored = self._source.read(job.chip, job.keep, buffer, job.turn)
+        stored = self._source.read(job.request.chip, job.request.draw.keep, buffer, job.turn)
         return Fed(stored.arrays(), stored.months)
 
     def close(self) -> None:

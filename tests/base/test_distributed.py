@@ -60,8 +60,10 @@ def _two(process: int, port: str) -> None:
 
         stop = StopFlag(Asked())
         assert not stop.agreed()
+        assert stop.told == [] and not stop.agreed("chip 5" if process else None) and stop.told == ["chip 5"]
         stop.asked.now = process == 1  # SIGTERM reaches one rank first
-        assert stop.agreed()
+        assert stop.agreed(None if process else "chip 6") and stop.told == ["chip 6"]
+        assert stop.agreed() and stop.told == []
 
         for group in (dist.group.WORLD, _Joined.host_group):
             assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
@@ -92,4 +94,5 @@ def test_two_processes() -> None:
 def test_alone_nothing_needs_a_group() -> None:
     assert average_(torch.tensor([3.0])).item() == 3.0
     average_statistics(nn.BatchNorm2d(2))
-    assert not StopFlag().agreed()
+    stop = StopFlag()
+    assert not stop.agreed("chip 5") and stop.told == ["chip 5"] and not stop.agreed() and stop.told == []

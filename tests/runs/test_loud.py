@@ -24,6 +24,7 @@ from engine.base.sections import HERE
 from engine.base.stopping import Asked
 from engine.data.index import open_index
 from engine.data.plan import Sharding, training_batches
+from engine.data.selection.folds import kfold
 from tests.conftest import Command
 from tests.hosts import Rank, history, started, torchrun
 
@@ -101,9 +102,24 @@ def test_a_bad_file_in_the_middle_of_a_step(path: Path, tmp_path: Path, sample: 
     with started(tmp_path / "log", "train", "--config", path, "--set", f"data.path={data}", variables=torchrun(2),
                  before=dict.fromkeys(range(2), messages_alone)) as ranks:
         first, second = both_leave(ranks)
-    assert file.name in second and "stopped by" not in second
-    assert f"train.py: stopped by rank 1 on host {HOST}: " in first and file.name in first
+    said = f"training step 2: chip {file.name.partition('_')[0]}: {file}: truncated"
+    assert f"train.py: {said}" in second and "stopped by" not in second
+    assert f"train.py: stopped by rank 1 on host {HOST}: {said}" in first
     assert [row["step"] for row in history(tmp_path / "run")] == [1]
+
+
+def test_a_bad_file_in_a_validation(path: Path, tmp_path: Path, sample: Path) -> None:
+    ids = [chip.id for chip in open_index(sample).split("train")]
+    second = kfold(ids, 4, 0)[0][1]
+    data, file = damaged(sample, tmp_path / "data", ids.index(second))
+    with started(tmp_path / "log", "train", "--config", path, "--set", f"data.path={data}", "--set",
+                 "data.overfit=false", "--set", "data.split.folds=4", "--set", "data.split.seed=0", "--set",
+                 "phases=[{epochs: 1}]", variables=torchrun(2),
+                 before=dict.fromkeys(range(2), messages_alone)) as ranks:
+        first, other = both_leave(ranks)
+    said = f"validation after step 1: chip {second}: {file}: truncated"
+    assert f"train.py: {said}" in other and "chips that validate are not replaced" in other
+    assert f"train.py: stopped by rank 1 on host {HOST}: {said}" in first
 
 
 def test_a_bad_file_in_the_middle_of_a_step_under_the_deepspeed_launcher(path: Path, tmp_path: Path, sample: Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,12 @@ def same_run(a: Path, b: Path) -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def kill(path: Path, steps: int, *options: object) -> None:
-    """Start the run of the recipe `path` and, once it has done so many steps, end it by SIGKILL."""
+def kill(path: Path, steps: int, *options: object, before: Callable[[], None] | None = None) -> None:
+    """Start the run of the recipe `path` and, once it has done so many steps, end it by SIGKILL.  before: what it does
+    first."""
     run = path.with_suffix("")
-    with started(path.parent / "log", "train", "--config", path, *options, variables=[{}]) as [rank]:
+    with started(path.parent / "log", "train", "--config", path, *options, variables=[{}],
+                 before={0: before} if before else None) as [rank]:
         rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= steps)
         rank.signal(signal.SIGKILL)
         assert rank.wait() == -signal.SIGKILL, "the run ended before it could be killed"
@@ -129,10 +132,13 @@ def test_sigterm_saves_and_says_so(folder: Path, sample: Path) -> None:
     assert saved.name == f"step-{len(history(run)):08d}"
 
 
-def by_two(path: Path, *options: object) -> None:
-    """The run of the recipe `path` by two ranks."""
-    with started(path.parent / "log", "train", "--config", path, *options, variables=torchrun(2)) as ranks:
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text() + ranks[1].text()
+def by(ranks: int, path: Path, *options: object, before: Callable[[], None] | None = None) -> str:
+    """What the first rank printed in the run of the recipe `path` by so many."""
+    with started(path.parent / "log", "train", "--config", path, *options, variables=torchrun(ranks),
+                 before=dict.fromkeys(range(ranks), before) if before else None) as started_ranks:
+        codes = [rank.wait() for rank in started_ranks]
+        assert not any(codes), "".join(rank.text() for rank in started_ranks)
+        return started_ranks[0].text()
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -144,7 +150,7 @@ def test_two_ranks_give_the_losses_of_one(whole: Path, folder: Path, sample: Pat
     if stage == 0:
         succeed(command("train", "--config", path, ranks=2))
     else:
-        by_two(path, "--set", f"train.zero_stage={stage}")
+        by(2, path, "--set", f"train.zero_stage={stage}")
     ours, theirs = (history(run) for run in (folder / f"two-{stage}", whole))
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-4)
     np.testing.assert_allclose([r["grad_norm"] for r in ours], [r["grad_norm"] for r in theirs], rtol=0.02)
@@ -155,7 +161,7 @@ def test_accumulation_over_two_ranks(folder: Path, sample: Path) -> None:
     options = ["--set", "phases=[{epochs: 2, lr: 0.003}]", "--set", "data.split.folds=2", "--set", "validate.every=2",
                "--set", "checkpoint.every_steps=null", "--set", "train.global_batch=4"]
     succeed(forked("train", "--config", recipe(folder, sample, "one-by-four"), *options))
-    by_two(recipe(folder, sample, "two-by-two"), *options, "--set", "train.zero_stage=2")
+    by(2, recipe(folder, sample, "two-by-two"), *options, "--set", "train.zero_stage=2")
     one, two = (history(folder / name) for name in ("one-by-four", "two-by-two"))
     assert len(one) == 2
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=1e-4)

@@ -30,6 +30,7 @@ import lz4.block
 import numpy as np
 
 from engine.base.errors import DataError
+from engine.base.files import unreadable
 from engine.data.dataset import LABEL_DTYPE, Dataset, Sensor, parse_dataset
 
 FORMAT, VERSION = "biomass-chip", 2
@@ -276,10 +277,8 @@ def open_file(path: Path | str) -> int:
     """A descriptor to read from.  Raises DataError, naming the file."""
     try:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must fail below, not wait for a writer
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing; {REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from None
+        raise unreadable(path, error, REMEDY) from None
 
 
 def head_of(descriptor: int, path: Path | str) -> Head:
@@ -299,7 +298,7 @@ def head_of(descriptor: int, path: Path | str) -> Head:
     except DataError as error:
         raise DataError(f"{path}: {error}; {REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, then {REMEDY}") from None
+        raise unreadable(path, error, REMEDY) from None
 
 
 def _tables(header: bytes) -> int:
@@ -385,7 +384,7 @@ def read_into(descriptor: int, head: Head, number: int, out: memoryview, path: P
     try:
         read = os.preadv(descriptor, [out], head.section(number)[0]) if len(out) else 0
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, then {REMEDY}") from None
+        raise unreadable(path, error, REMEDY) from None
     if read != len(out):
         raise DataError(f"{path}: is truncated; {REMEDY}")
     if check:

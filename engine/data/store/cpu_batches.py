@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from engine.base.errors import DataError, DeviceError
-from engine.data.batch import Produced, Request
+from engine.data.batch import Produced, Request, read_for
 from engine.data.dataset import Dataset
 from engine.data.plan import IDENTITY
 from engine.data.store.chip_file import LABEL_PLANES, REMEDY
@@ -66,7 +66,7 @@ class Direct:
         self._slabs = _Slabs(page_locked)
 
     def batches(self, requests: Iterable[list[Request]]) -> Iterator[Produced]:
-        """Raises DataError from the reading of a chip."""
+        """Raises BadChip."""
         asked = iter(requests)
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         pending: deque[_Pending] = deque()
@@ -84,7 +84,8 @@ class Direct:
         data = self._source.dataset
         images = self._slabs.tensor((self._batch_size, data.months, data.tile, data.tile, data.channels))
         label = self._slabs.tensor((self._batch_size, data.tile, data.tile))
-        kept = [pool.submit(self._decode, request, images[b], label[b]) for b, request in enumerate(batch)]
+        kept = [pool.submit(read_for, request, self._decode, request, images[b], label[b])
+                for b, request in enumerate(batch)]
         return _Pending(batch, kept, images, label)
 
     def _decode(self, request: Request, images: torch.Tensor, label: torch.Tensor) -> int:

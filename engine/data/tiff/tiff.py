@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.base.files import atomic_write
+from engine.base.files import atomic_write, unreadable
 
 REMEDY = "download it again, or let `launch/prepare.py verify` list every damaged file"
 
@@ -66,10 +66,8 @@ def read_into(path: Path | str, out: np.ndarray) -> None:
     try:
         # O_NONBLOCK: opening a named pipe must fail below, not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing; {REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from None
+        raise unreadable(path, error, REMEDY) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -79,7 +77,7 @@ def read_into(path: Path | str, out: np.ndarray) -> None:
     except DataError as error:
         raise DataError(f"{path}: {error}; {REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the disk, then {REMEDY}") from None
+        raise unreadable(path, error, REMEDY) from None
     finally:
         os.close(descriptor)
 
