@@ -66,7 +66,8 @@ class Data(Section):
     threads: Positive | Literal["auto"] = "auto"
     prefetch: Positive = 2  # batches prepared ahead
     cache_gb: Annotated[float, Field(ge=0)] = 0.0  # memory, of each rank, to keep stored chips in
-    bad_chips: Literal["fail", "quarantine"] = "fail"  # quarantine: check all before the first step, leave bad ones out
+    # quarantine: check all before the first step and leave bad ones out; replace those of training that turn bad later
+    bad_chips: Literal["fail", "quarantine"] = "fail"
     verify: bool = False  # check sizes and checksums of every file before the first step
 
 

@@ -3,6 +3,7 @@ the mistakes that would make them wrong are seen."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine.base.errors import ConfigError
 from engine.config import Augment
 from engine.data import loader as loading
 from engine.data import pipeline
-from engine.data.batch import Produced, Request
+from engine.data.batch import BadChip, Produced, Request
 from engine.data.biomassters import BIOMASSTERS
 from engine.data.forms import open_source
 from engine.data.handoff import Handoff
@@ -142,6 +143,24 @@ def test_a_slab_is_page_locked_once_and_unlocked_when_it_dies(roots: dict[str, P
         del direct
         gc.collect()
         assert not device.registered
+
+
+@pytest.mark.parametrize("path", ["TIFFs, GPU", "packed, GPU", "packed, CPU"])
+def test_after_a_bad_chip_all_is_made_anew(roots: dict[str, Path], path: str, expected: Any, tmp_path: Path) -> None:
+    """Nothing of what was ahead when it was met comes in the next iteration."""
+    form, backend = PATHS[path]
+    asked = requests(roots[form])
+    chip = asked[4][0].chip
+    lost = dataclasses.replace(chip, label=tmp_path / "none", packed=chip.packed and tmp_path / "none")
+    unlucky = [*asked[:4], [asked[4][0]._replace(chip=lost)], *asked[5:]]
+    with Device(late=True) as device, dali():
+        one = loader(roots[form], asked, CUDA, backend)
+        with pytest.raises(BadChip, match="none"):
+            taken(one, unlucky, device)
+        found = taken(one, asked, device)
+        device.finish()
+    for got, wanted in zip(found, expected(path, "fp32"), strict=True):
+        assert all(map(same, got, wanted))
 
 
 def test_a_batch_of_too_many_blocks_is_refused(roots: dict[str, Path]) -> None:
