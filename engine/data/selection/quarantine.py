@@ -27,6 +27,7 @@ from engine.data.batch import BadChip, Request
 from engine.data.forms import open_source
 from engine.data.index import Chip, open_index
 from engine.data.metadata import verify
+from engine.data.source import Source
 from engine.data.store import chip_file
 
 REPORT = "quarantine.json"
@@ -42,7 +43,7 @@ def find(path: Path | str, chips: Sequence[Chip], nodata_months: str, workers: i
     Under a launcher ranks share the work, and all return the same.
     """
     published = {file.path: file for file in open_index(path).files}
-    source = open_source(chips, nodata_months=nodata_months, need_target=True)
+    source = _source(chips, nodata_months)
 
     def check(chip: Chip) -> str | None:
         try:
@@ -63,6 +64,16 @@ def find(path: Path | str, chips: Sequence[Chip], nodata_months: str, workers: i
             if problem is not None:
                 bad[chip.id] = problem
     return dict(sorted(item for part in of_all(bad) for item in part.items()))
+
+
+def _source(chips: Sequence[Chip], nodata_months: str) -> Source:
+    """By the first of `chips` that can be read: a store says in each what it holds."""
+    for chip in chips:
+        try:
+            return open_source([chip], nodata_months=nodata_months, need_target=True)
+        except DataError as error:
+            last = error
+    raise last
 
 
 class Turned(NamedTuple):
