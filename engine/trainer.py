@@ -132,11 +132,13 @@ class Trainer:
 
         Raises Stopped, with everything saved, where `engine.base.stopping` says so.
         """
-        found = None
+        found: tuple[str | None, dict[str, Any]] | None = None
         with together():
             if rank() == 0:
-                found = self._where_to_begin()
-        resume_from, self.state = from_rank_0(found)
+                path, state = self._where_to_begin()
+                found = None if path is None else str(path), asdict(state)
+        begin, saved = from_rank_0(found)
+        resume_from, self.state = None if begin is None else Path(begin), State.from_dict(saved)
         with together():
             if self.quarantine is not None:
                 self.quarantine.begin(self.state.step)

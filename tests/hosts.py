@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import ipaddress
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -186,6 +188,19 @@ def torchrun(world: int, hosts: int = 1, address: str = "127.0.0.1") -> list[dic
     port, local = str(free_port()), world // hosts
     return [{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % local),
              "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": address, "MASTER_PORT": port} for rank in range(world)]
+
+
+def listening(process: int) -> set[str]:
+    """The addresses at which a process takes connections, on whichever host it is: proc(5), net/tcp."""
+    own = {os.readlink(one) for one in Path(f"/proc/{process}/fd").iterdir() if one.is_symlink()}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:  # LISTEN
+                words = re.findall("." * 8, fields[1].split(":")[0])
+                found.add(str(ipaddress.ip_address(b"".join(bytes.fromhex(word)[::-1] for word in words))))
+    return found
 
 
 def history(run: Path, kind: str = "step") -> list[dict[str, float]]:

@@ -28,6 +28,9 @@ class Elsewhere(EngineError):
     """Another rank failed; the text says which and why."""
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class _Joined:
     """What this process holds of the others."""
 
@@ -115,9 +118,10 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         _Joined.names = [f"rank 0 on host {host}"]
         return dist.HashStore()  # which listens on no port
-    own = _address_to(place.address)
+    one_host = place.local_world == place.world
+    address, own = (LOOPBACK, LOOPBACK) if one_host else (place.address, _address_to(place.address))
     try:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=timeout)))
+        store = _store(place, address, own, timedelta(seconds=timeout))
         said = _Said(host, own, device.type, card, sorted(os.sched_getaffinity(0)),
                      str(trouble) if trouble is not None else None)
         store.set(f"rank/{place.rank}", json.dumps(said))
@@ -125,8 +129,8 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         store.set(f"met/{place.rank}", "")
         if place.rank == 0:  # whose end is the store's
             store.wait([f"met/{rank}" for rank in range(place.world)])
-    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
-        raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {place.address}:"
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, OSError) as error:
+        raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {address}:"
                           f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); were all started, and can "
                           f"they reach that host?") from None
     _Joined.names = [f"rank {rank} on host {said.host}" for rank, said in enumerate(everyone)]
@@ -139,7 +143,24 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         elsewhere = (said.address for said in everyone if not ipaddress.ip_address(said.address).is_loopback)
         own = next(map(_address_to, elsewhere), own)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(own))
+    if one_host:  # over several, NCCL itself knows best which network is the fast one
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return store
+
+
+def _store(place: Place, address: str, own: str, timeout: timedelta) -> Any:
+    """The store at `address`, which rank 0 serves; under torchrun its agent does.
+
+    Torch would listen on every interface of rank 0's host: it is given a socket that listens on `own` alone, rank 0's
+    address on the way to the others, where it knows that.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return next(dist.rendezvous("env://", place.rank, place.world, timeout=timeout))[0]
+    port, listener = int(os.environ["MASTER_PORT"]), None
+    if place.rank == 0 and (address == own or not ipaddress.ip_address(own).is_loopback):
+        family = socket.AF_INET6 if ":" in own else socket.AF_INET
+        listener = socket.create_server((own, port), family=family, backlog=max(128, place.world)).detach()
+    return dist.TCPStore(address, port, place.world, place.rank == 0, timeout, master_listen_fd=listener)
 
 
 class _Said(NamedTuple):
@@ -279,21 +300,33 @@ def barrier() -> None:
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value` (whatever pickles), on every rank."""
-    holder = [value]
+    """Rank 0's `value` on every rank, as JSON: a list where it was a tuple.  No rank unpickles what another sends."""
+    data = json.dumps(value).encode()
     if _Joined.host_group is not None:
         HERE.passed()
-        dist.broadcast_object_list(holder, src=0, group=_Joined.host_group)
-    return holder[0]
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, 0, group=_Joined.host_group)
+        message = torch.zeros(int(size), dtype=torch.uint8)
+        if rank() == 0:
+            message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(message, 0, group=_Joined.host_group)
+        data = message.numpy().tobytes()
+    return json.loads(data)
 
 
 def of_all(value: Any) -> list[Any]:
-    """The ranks' values (whatever pickles), on every rank."""
-    values = [value] * world()
-    if _Joined.host_group is not None:
-        HERE.passed()
-        dist.all_gather_object(values, value, group=_Joined.host_group)
-    return values
+    """The ranks' values, as JSON, on every rank."""
+    data = json.dumps(value).encode()
+    if _Joined.host_group is None:
+        return [json.loads(data) for _ in range(world())]
+    HERE.passed()
+    sizes = [torch.tensor([0]) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=_Joined.host_group)
+    longest = int(max(sizes))
+    messages = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    own = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+    dist.all_gather(messages, own, group=_Joined.host_group)
+    return [json.loads(message.numpy().tobytes()) for message in messages]
 
 
 @contextmanager

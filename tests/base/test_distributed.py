@@ -30,6 +30,7 @@ from engine.base.errors import DataError
 from engine.base.stopping import Asked
 from engine.inference.metrics import ChipTable
 from engine.training.update.batchnorm import average_statistics
+from tests.hosts import listening
 
 
 def free_port() -> int:
@@ -40,11 +41,17 @@ def free_port() -> int:
 
 def _two(process: int, port: str) -> None:
     os.environ.update(RANK=str(process), WORLD_SIZE="2", LOCAL_RANK=str(process), LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                      MASTER_ADDR="192.0.2.1", MASTER_PORT=port)  # no host's: ranks of one host do not ask for it
     join("cpu", timeout=60)
     try:
+        assert listening(os.getpid()) == {"127.0.0.1"}
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
         assert (rank(), world(), local_world()) == (process, 2, 2)
         assert from_rank_0(process) == 0 and of_all(process) == [0, 1]
+        said = {"best": float("inf"), "loss": 0.1 + 0.2, "way": ["é", None, True]} if process else ["short"]
+        assert of_all(said)[1] == {"best": float("inf"), "loss": 0.1 + 0.2, "way": ["é", None, True]}
+        with pytest.raises(TypeError):
+            from_rank_0(lambda: None)  # what a pickle could hold
         assert average_(torch.tensor([float(process)])).item() == 0.5
 
         norm = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, environment, free_port
-from tests.hosts import Host, history, started, two_hosts
+from tests.hosts import Host, history, listening, started, two_hosts
 
 pytestmark = pytest.mark.slow
 
@@ -149,11 +149,14 @@ def test_deepspeed_with_ssh_and_its_exit_status(hosts: tuple[Host, Host], path: 
 
 
 def test_a_host_whose_power_fails(hosts: tuple[Host, Host], path: Path, tmp_path: Path) -> None:
-    """Nothing more comes from it, not even the end of its connections."""
+    """Nothing more comes from it, not even the end of its connections.  Before that, what listens does so on the cable:
+    rank 0 knows its address there."""
+    variables = [{**own, "MASTER_ADDR": hosts[0].address} for own in srun()]
     with started(tmp_path / "log", "train", "--config", path, "--set", "phases=[{epochs: 100}]", "--set",
-                 "validate.every=100", "--set", "train.timeout_s=10", variables=srun(),
+                 "validate.every=100", "--set", "train.timeout_s=10", variables=variables,
                  hosts=list(hosts)) as (first, second):
         first.until(lambda: bool(history(tmp_path / "run")))
+        assert [listening(rank.process.pid) for rank in (first, second)] == [{host.address} for host in hosts]
         try:
             hosts[0].cable("down")
             first.signal(signal.SIGKILL)
