@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.base.errors import DataError
 from engine.base.files import write_text
+from engine.base.texts import read_json
 
 FILE = "made.json"
 
@@ -44,7 +45,7 @@ def claim(folder: Path, about: Mapping[str, Any], remedy: str) -> bool:
     """
     path, wanted = folder / FILE, json.loads(json.dumps(about))
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except FileNotFoundError:
         try:
             write_text(path, json.dumps(wanted, indent=1) + "\n")

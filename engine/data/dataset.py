@@ -11,17 +11,16 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from engine.base.errors import DataError
+from engine.base.texts import parse_json, read_yaml
 
 BUILT_IN = Path(__file__).with_name("datasets")
 FILE = "dataset.yaml"  # a data folder's own description
@@ -285,16 +284,14 @@ def _built_in(name: str) -> Dataset:
 
 def _load(path: Path, known: list[str]) -> Dataset:
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         close = difflib.get_close_matches(path.stem, known, n=1)
         raise DataError(f"data set description {path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
                         f"give a file, or one of the built-in {', '.join(known)}"
                         + (f"; is it {close[0]!r}?" if close else "")) from None
-    try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that there is not
-        raise DataError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is no YAML ({error})") from None
     return parse_dataset(raw, str(path))
 
 
@@ -330,7 +327,7 @@ def described(notes: Mapping[str, str], source: str) -> Dataset:
     if "dataset" not in notes:
         return load_dataset("biomassters")
     try:
-        raw = json.loads(notes["dataset"])
+        raw = parse_json(notes["dataset"])
     except ValueError:
         raise DataError(f"{source}: its note 'dataset' is damaged; export the weights again") from None
     return parse_dataset(raw, f"{source}, dataset")

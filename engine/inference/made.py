@@ -17,6 +17,7 @@ import numpy as np
 from engine.base.errors import DataError
 from engine.base.files import write_text
 from engine.base.made import FILE, differences
+from engine.base.texts import read_json
 from engine.data.dataset import LABEL_DTYPE, Dataset
 from engine.data.index import Chip
 from engine.data.source import Source
@@ -66,7 +67,7 @@ def claim(out: Path, about: Mapping[str, Any]) -> bool:
 def _compare(out: Path, about: Mapping[str, Any]) -> None:
     remedy = "give another --out, or remove the folder"
     try:
-        changed = list(differences(dict(json.loads((out / FILE).read_text()).items()), dict(about)))
+        changed = list(differences(dict(read_json(out / FILE).items()), dict(about)))
     except FileNotFoundError:
         raise DataError(f"{out}: holds TIFFs, and no {FILE} says what made them; {remedy}") from None
     except (ValueError, AttributeError, TypeError):

@@ -15,6 +15,7 @@ from engine.base.distributed import Threads, own_cores, rank, share_of_host, tog
 from engine.base.errors import DataError
 from engine.base.files import write_text
 from engine.base.progress import Progress
+from engine.base.texts import read_yaml
 from engine.config import parse_config
 from engine.data.batch import Batch
 from engine.data.dataset import Dataset, described, differences
@@ -47,10 +48,12 @@ def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
         if not recipe.is_file():
             raise DataError(f"--split validation: {run} is not a run's folder (no config.yaml), so nothing says which "
                             f"chips were held out; give --weights a run folder, or another --split")
-        import yaml
-
-        raw = yaml.safe_load(recipe.read_text())
-        raw["data"]["path"] = str(data)
+        try:
+            raw = read_yaml(recipe)
+            raw["data"]["path"] = str(data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{recipe}: is damaged ({error}), so nothing says which chips were held out; bring it "
+                            f"back, or give another --split") from None
         return select_chips(parse_config(raw, str(recipe)))[1]
     index = open_index(data, described(weights.read_notes(run), str(run)))
     chips = list(index.chips) if split == "all" else index.split(split if split != "auto" else "test")

@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.base.distributed import rank
 from engine.base.files import write_text
+from engine.base.texts import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class RunLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         path = folder / "history.jsonl"
-        old = path.read_text().splitlines() if path.exists() else []
+        old = path.read_bytes().splitlines() if path.exists() else []
         kept = [line for line in map(_parsed, old) if line and line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._history = path.open("ab", buffering=0)
@@ -113,8 +114,9 @@ class RunLog:
             self._full = True
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the line that a kill cut off
+        found = parse_json(line)
+        return found if isinstance(found["step"], int) else None
+    except (ValueError, KeyError, TypeError):  # the line that a kill cut off
         return None

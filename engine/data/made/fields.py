@@ -20,6 +20,7 @@ import yaml
 
 from engine.base.errors import ConfigError, DataError
 from engine.base.files import write_text
+from engine.base.texts import read_json
 from engine.data.dataset import FILE, LABEL_DTYPE, Dataset, Sensor, Target
 from engine.data.made.forest import field, generator
 from engine.data.made.sample import FIRST_TEST, NOTE, bring, chip_id
@@ -154,7 +155,7 @@ def _claim(out: Path, note: dict[str, Any], chips: int, test_chips: int) -> None
     path = out / NOTE
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             same = all(found[key] == value for key, value in note.items())
             same &= found.get("chips", 0) <= chips and found.get("test_chips", 0) <= test_chips
         except (ValueError, KeyError, TypeError, OSError) as error:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.base.errors import ConfigError, DataError
+from engine.base.texts import read_json
 from engine.data.biomassters import AGBM_IGNORE_ABOVE, BIOMASSTERS, MONTHS, S1_NODATA, SENSORS, T
 from engine.data.made import forest
 from engine.data.metadata import FEATURE_CSVS_ELSEWHERE, same_content
@@ -146,13 +147,13 @@ def _claim(out: Path, note: dict[str, Any]) -> None:
         raise DataError(f"{out}: is not a folder; choose another one for the sample")
     if path.exists():
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             same = all(found[key] == note[key] for key in ("version", "seed"))
             fits = all(found[key] <= note[key] for key in ("chips", "test_chips"))
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DataError(f"{path}: cannot be read ({error}); remove {out} or choose another folder") from None
         if not (same and fits):
-            made = ", ".join(f"{key} {found[key]}" for key in note)
+            made = ", ".join(f"{key} {found.get(key)}" for key in note)
             raise DataError(f"{out}: holds another sample ({made}); remove it or choose another folder")
     elif out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty and no sample; choose another folder")

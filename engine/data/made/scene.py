@@ -23,6 +23,7 @@ import yaml
 
 from engine.base.errors import ConfigError, DataError
 from engine.base.files import fsync, write_text
+from engine.base.texts import read_json
 from engine.data.biomassters import BIOMASSTERS, S1, S2
 from engine.data.dataset import FILE, Dataset, Sensor, Target
 from engine.data.made import forest, sample
@@ -268,12 +269,12 @@ def _claim(out: Path, note: dict[str, Any]) -> None:
     path = out / NOTE
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             same = all(found[key] == value for key, value in note.items())
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: cannot be read ({error!r}); remove {out} or choose another folder") from None
         if not same:
-            made = ", ".join(f"{key} {found[key]}" for key in note if key != "description")
+            made = ", ".join(f"{key} {found.get(key)}" for key in note if key != "description")
             raise DataError(f"{out}: holds another scene ({made}); remove it or choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty and no scene; choose another folder")

@@ -21,6 +21,7 @@ import yaml
 from engine.base.errors import DataError
 from engine.base.files import write_text
 from engine.base.made import alone
+from engine.base.texts import read_json
 from engine.data.dataset import FILE, Dataset, Sensor, parse_dataset
 from engine.data.scene.blocks import (
     Options,
@@ -248,7 +249,7 @@ def _claim(out: Path, note: dict[str, Any]) -> None:
     path = out / NOTE
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             differs = [key for key in note if found[key] != json.loads(json.dumps(note[key]))]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: cannot be read ({error!r}); remove {out} or choose another folder") from None

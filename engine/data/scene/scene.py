@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import yaml
 from pydantic import Field, ValidationError
 
 from engine.base.errors import DataError
+from engine.base.texts import read_yaml
 from engine.data.dataset import FILE, Dataset, Section, Sensor, load_dataset
 from engine.data.scene.grid import Box, Grid
 from engine.data.scene.headers import GridKeys, Header, box_text, extent, is_file, make_grid, read_header
@@ -137,12 +137,12 @@ def open_scene(path: Path | str, dataset: Dataset | None = None) -> Scene:
 
 def _read(path: Path) -> _Keys:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: no scene: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML "
                         f"file, or a folder of rasters") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is no YAML ({error})") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: is no scene (a mapping with images, and maybe dataset, grid, resampling)")
     try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.base.errors import DataError
 from engine.base.files import write_text
+from engine.base.texts import read_json
 
 
 def kfold(chip_ids: Sequence[str], n_folds: int = 10, seed: int = 314159) -> list[list[str]]:
@@ -64,11 +65,13 @@ def save_folds(path: Path | str, folds: list[list[str]], how: dict[str, object])
 def load_folds(path: Path | str) -> list[list[str]]:
     """Read a published split.  Raises DataError where the file is missing, malformed or repeats a chip."""
     try:
-        folds = json.loads(Path(path).read_text())["folds"]
+        folds = read_json(path)["folds"]
         flat = [chip for fold in folds for chip in fold]
     except FileNotFoundError:
         raise DataError(f"{path}: no such split file; make one with `launch/prepare.py splits`") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a split file") from None
+    except (ValueError, KeyError, TypeError):
         raise DataError(f'{path}: not a split file; it holds {{"folds": [[chip, …], …]}}') from None
     if not all(isinstance(chip, str) for chip in flat):
         raise DataError(f"{path}: chip ids are strings; quote them")

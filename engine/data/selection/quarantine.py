@@ -22,6 +22,7 @@ from engine.base.distributed import from_rank_0, of_all, rank, share_of_host, to
 from engine.base.errors import DataError, GoneError
 from engine.base.files import write_text
 from engine.base.progress import Progress
+from engine.base.texts import read_json
 from engine.config import Config
 from engine.data.batch import BadChip, Request
 from engine.data.forms import open_source
@@ -173,7 +174,8 @@ class Quarantine:
 
     def hear(self, told: Sequence[Sequence[News]]) -> None:
         """What ranks have told."""
-        for chip, turned, stand_in in (news for said in told for news in said):
+        for chip, how, stand_in in (news for said in told for news in said):
+            turned = Turned(*how)
             if chip not in self.turned or turned.since_step <= self.turned[chip].since_step:
                 self.turned[chip] = turned
             if rank() == 0:
@@ -198,12 +200,13 @@ def load(folder: Path) -> dict[str, Any] | None:
     """RUN/quarantine.json; None where there is none.  Raises DataError where it is damaged."""
     path = folder / REPORT
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         Quarantine(folder, {}, found)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it, or give this run another run.name") from None
+        raise DataError(f"{path}: is damaged, so nothing says which chips this run was begun without ({error}); bring it "
+                        f"back, or give this run another run.name") from None
     return found
 
 

@@ -31,6 +31,7 @@ import numpy as np
 
 from engine.base.errors import DataError
 from engine.base.files import unreadable
+from engine.base.texts import parse_json
 from engine.data.dataset import LABEL_DTYPE, Dataset, Sensor, parse_dataset
 
 FORMAT, VERSION = "biomass-chip", 2
@@ -309,10 +310,10 @@ def _tables(header: bytes) -> int:
 
 def _parse(data: bytes, length: int, size: int) -> Head:
     try:
-        header = json.loads(data[8:8 + length])
+        header = parse_json(data[8:8 + length])
         metadata = header["__metadata__"]
         found, version = metadata["format"], metadata["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise DataError("is damaged, or no packed chip (its header cannot be read)") from None
     if found == FORMAT and version != str(VERSION):
         raise DataError(f"is of format version {version}, this program reads {VERSION}; take the program that wrote "
@@ -343,10 +344,10 @@ def _parse(data: bytes, length: int, size: int) -> Head:
         sections = [tables["label"].sum(), tables["sizes"][0, static].sum(), *tables["sizes"][:, ~static].sum(1)]
         places = tuple(itertools.accumulate(map(int, sections), initial=head_end))
         blocks = places[-1] - head_end
-        if header != json.loads(_header(metadata, tables, blocks)[8:]):
+        if header != parse_json(_header(metadata, tables, blocks)[8:]):
             raise DataError("is no packed chip (its tables lie elsewhere)")
-        sources = {name: (int(n), int(cksum)) for name, (n, cksum) in json.loads(metadata["sources"]).items()}
-        head = Head(metadata["chip"], metadata["split"], dataset, values, sources, json.loads(metadata["label"]),
+        sources = {name: (int(n), int(cksum)) for name, (n, cksum) in parse_json(metadata["sources"]).items()}
+        head = Head(metadata["chip"], metadata["split"], dataset, values, sources, parse_json(metadata["label"]),
                     tables["months"].astype(bool), tables["nodata"], tables["sizes"], tables["label"],
                     tables["crc32"], places)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, struct.error):
@@ -361,7 +362,7 @@ def _parse(data: bytes, length: int, size: int) -> Head:
 
 @functools.lru_cache(maxsize=8)
 def _dataset(text: str) -> Dataset:
-    return parse_dataset(json.loads(text), "its description")
+    return parse_dataset(parse_json(text), "its description")
 
 
 def _table(data: bytes, start: int, entry: Mapping[str, Any]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.data.scene.gdal import RASTER_ERRORS, rasterio
+from engine.base.texts import read_json
+from engine.data.scene.gdal import RASTER_ERRORS, parse_crs, rasterio
 from engine.data.scene.grid import Grid
 
 
@@ -96,13 +96,13 @@ def read_zones(path: Path, grid: Grid) -> list[Zone]:
     Raises DataError for a file that is none, holds other shapes, or one that lies outside of the grid.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raw = read_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a GeoJSON file of "
                         f"polygons") from None
     try:
         features = raw["features"] if raw["type"] == "FeatureCollection" else [raw]
-        crs = rasterio.crs.CRS.from_user_input((raw.get("crs") or {}).get("properties", {}).get("name", "OGC:CRS84"))
+        crs = parse_crs((raw.get("crs") or {}).get("properties", {}).get("name", "OGC:CRS84"))
         zones = [_zone(path, number, feature, crs, grid) for number, feature in enumerate(features, 1)]
     # GDAL says SystemError of infinite coordinates
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, SystemError,
