@@ -264,12 +264,15 @@ def test_a_mask_of_a_raster_says_where_it_has_values(copy: Path, shift: float) -
 def mosaic(folder: Path, kinds: list[str], nodata: list[int], shift: float = 0) -> None:
     """optical_01, by way of a virtual raster, which may say other things of each band."""
     rasters = folder / "rasters"
-    (rasters / "optical_01.tif").rename(rasters / "source.tif")
+    if (rasters / "optical_01.tif").exists():
+        (rasters / "optical_01.tif").rename(rasters / "source.tif")
     bands = "".join(f'<VRTRasterBand dataType="{kind}" band="{band}"><NoDataValue>{mark}</NoDataValue><SimpleSource>'
                     f'<SourceFilename relativeToVRT="1">source.tif</SourceFilename><SourceBand>{band}</SourceBand>'
                     f'</SimpleSource></VRTRasterBand>' for band, (kind, mark) in enumerate(zip(kinds, nodata), 1))
     place_ = ", ".join(map(str, place(shift).to_gdal()))
-    (rasters / "optical_01.tif").write_text(
+    say(folder, images={**yaml.safe_load((folder / "scene.yaml").read_text())["images"],
+                        "optical": {0: "rasters/optical_00.tif", 1: "rasters/optical_01.vrt"}})
+    (rasters / "optical_01.vrt").write_text(
         f'<VRTDataset rasterXSize="{WIDTH}" rasterYSize="{HEIGHT}"><SRS>{CRS}</SRS><GeoTransform>{place_}'
         f'</GeoTransform>{bands}</VRTDataset>')
 
@@ -286,13 +289,11 @@ def test_each_band_has_its_own_nodata(copy: Path) -> None:
 
 
 def test_bands_that_do_not_go_together_are_refused(copy: Path) -> None:
-    path = copy / "rasters" / "optical_01.tif"
+    path = copy / "rasters" / "optical_01.vrt"
     mosaic(copy, ["UInt16"] * 3, [7, 8, 9], shift=5)
     with pytest.raises(DataError, match=re.escape(f"{path}: does not lie on the grid, and its bands have other nodata "
                                                   f"each (7.0, 8.0, 9.0): GDAL warps with one; give one file a band")):
         whole(open_scene(copy / "scene.yaml"), 1, 1)
-    path.unlink()
-    (copy / "rasters" / "source.tif").rename(path)
     mosaic(copy, ["UInt16", "Byte", "UInt16"], [0, 0, 0])
     with pytest.raises(DataError, match=re.escape(f"{path}: its bands are uint16, uint8, uint16; give bands of one")):
         open_scene(copy / "scene.yaml")

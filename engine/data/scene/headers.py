@@ -12,7 +12,7 @@ from pydantic import Field
 
 from engine.base.errors import DataError
 from engine.data.dataset import Dataset, Section
-from engine.data.scene.gdal import RASTER_ERRORS, rasterio
+from engine.data.scene.gdal import RASTER_ERRORS, parse_crs, rasterio
 from engine.data.scene.grid import Box, Grid
 
 RESOLUTION = 0.01  # relative: how far the grid's pixels may be from what a model was trained on
@@ -58,6 +58,9 @@ def read_header(path: Path) -> Header:
         raise DataError(f"{path}: no such file; mend its name in the scene, or bring it there")
     try:
         with rasterio.open(path) as raster:
+            if raster.driver == "VRT" and path.suffix.lower() != ".vrt":
+                raise DataError(f"{path}: is a VRT, which reads other files, under another name; call it .vrt if it is "
+                                f"yours, else bring the raster itself")
             if len(set(raster.dtypes)) > 1:
                 raise DataError(f"{path}: its bands are {', '.join(raster.dtypes)}; give bands of one type, or one "
                                 f"file a band")
@@ -100,7 +103,7 @@ def make_grid(path: Path, first: Header, keys: GridKeys, dataset: Dataset) -> Gr
     Raises DataError where it is empty, in degrees, or of other pixels than the data set's.
     """
     try:
-        crs = first.crs if keys.crs is None else rasterio.crs.CRS.from_user_input(keys.crs)
+        crs = first.crs if keys.crs is None else parse_crs(keys.crs)
     except RASTER_ERRORS as error:
         raise DataError(f"{path}: grid.crs {keys.crs!r}: {error}") from None
     if not crs.is_projected:

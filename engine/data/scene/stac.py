@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError, EngineError
+from engine.base.texts import read_json
 from engine.data.dataset import Dataset, Section
 
 _MONTHS = {name.lower(): number for names in (calendar.month_name, calendar.month_abbr)
@@ -57,14 +58,14 @@ def _read(path: Path) -> list[Any]:
     except ImportError:
         raise EngineError("a scene from STAC items needs pystac: pip install -e '.[stac]'") from None
     try:
-        return list(pystac.ItemCollection.from_file(str(path)))
+        return list(pystac.ItemCollection.from_dict(read_json(path)))
     except Exception as error:  # whatever it finds wrong
         raise DataError(f"{path}: is no STAC item collection ({type(error).__name__}: {error})") from None
 
 
 def _clouds(item: Any) -> tuple[float, str, str]:
     clouds, date = item.properties.get("eo:cloud_cover"), item.datetime or item.common_metadata.start_datetime
-    return clouds if isinstance(clouds, (int, float)) else 0.0, str(date), item.id
+    return clouds if isinstance(clouds, (int, float)) else 0.0, str(date), str(item.id)
 
 
 def _step(path: Path, item: Any, dataset: Dataset) -> int | None:
@@ -78,7 +79,7 @@ def _step(path: Path, item: Any, dataset: Dataset) -> int | None:
 
 
 def _place(path: Path, item: Any, asset: str) -> Path:
-    href = item.assets[asset].href.removeprefix("file://")
+    href = str(item.assets[asset].href).removeprefix("file://")
     if "://" in href:
         raise DataError(f"{path}: asset {asset} of item {item.id} is not on this machine ({href}); download the items, "
                         f"with their assets, first")
