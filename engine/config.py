@@ -12,14 +12,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.base.errors import ConfigError
+from engine.base.files import place
+from engine.base.texts import parse_yaml, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of a folder or file; never `..`
+Place = Annotated[str, AfterValidator(place)]  # of a file or folder
 
 
 class Section(BaseModel):
@@ -27,8 +30,8 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"  # the run lives in {folder}/{name}
-    folder: str = "runs"
+    name: Name = "run"  # the run lives in {folder}/{name}
+    folder: Place = "runs"
     seed: NotNegative = 0  # of weights, order and augmentation
 
 
@@ -40,7 +43,7 @@ class Split(Section):
     folds: Annotated[int, Field(ge=2)] = 10
     fold: NotNegative = 0
     seed: NotNegative = 314159
-    path: str | None = None  # with scheme `file`
+    path: Place | None = None  # with scheme `file`
 
     @model_validator(mode="after")
     def _consistent(self) -> Split:
@@ -52,9 +55,9 @@ class Split(Section):
 
 
 class Data(Section):
-    path: str  # a folder of TIFFs, or a packed store
+    path: Place  # a folder of TIFFs, or a packed store
     # The description of what lies there: a built-in one (engine/data/datasets) or a path; the data's own wins over it
-    dataset: str = "biomassters"
+    dataset: Place = "biomassters"
     split: Split = Split()
     chips: list[str] | None = None  # only these chips (all when null)
     overfit: bool = False  # train and validate on all chips: to see that a model can learn at all
@@ -90,12 +93,12 @@ class Augment(Section):
 class Model(Section):
     backbone: str = "tf_efficientnetv2_l.in21k"  # any timm model with features_only
     decoder_channels: list[Positive] = [384, 368, 352, 336, 320]
-    pretrained: bool | str = False  # true: timm's weights from its hub; a path: a local file of them
+    pretrained: bool | Place = False  # true: timm's weights from its hub; a path: a local file of them
     attention: Literal["auto", "triton", "compile", "reference"] = "auto"  # which month attention; see kernels/
     skip_dropped_months: bool = True  # the encoder sees kept months only; false: the winner's way
     # Bias of the head of a fresh model, in the target's unit; near the mean, learning starts sooner
     initial_prediction: float = 0.0
-    weights: str | None = None  # start from these (run folder, .safetensors, or the winner's .pth)
+    weights: Place | None = None  # start from these (run folder, .safetensors, or the winner's .pth)
 
 
 class Loss(Section):
@@ -117,7 +120,7 @@ class Phase(Section):
     """One cosine run of the learning rate with a fresh optimizer, from the weights of the phase before."""
 
     epochs: Positive
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "main"
+    name: Name = "main"
     lr: Annotated[float, Field(gt=0)] | None = None  # null: optimizer.lr
     min_lr: Annotated[float, Field(ge=0)] | None = None  # null: max(lr / 10, 5e-5), never above lr
     train_on: Literal["fold", "all"] = "fold"  # all: the validation chips too
@@ -228,13 +231,15 @@ def _read_recipe(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}; break the circle")
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = read_yaml(path)
     except FileNotFoundError:
         known = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(known)}" if known else ""
         by = f" (named by extends in {seen[-1]})" if seen else ""
         raise ConfigError(f"{path}: no such recipe{by}{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from None
+    except ValueError as error:
         raise ConfigError(f"{path}: not a YAML file: {error}") from None
     if raw is None:
         raw = {}
@@ -266,8 +271,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
             raise ConfigError(f"--set {item}: {parent} is not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node[last] = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"--set {item}: the value is not YAML: {error}") from None
 
 

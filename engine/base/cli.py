@@ -8,9 +8,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from engine.base.errors import EngineError
+from engine.base.errors import ConfigError, EngineError
+from engine.base.files import place
 
 STOPPED = 143  # as a shell reports SIGTERM: the work is not done
 CLOSED = 141  # as SIGPIPE: who read what is printed has enough, as `head` has
@@ -23,6 +25,8 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parser.parse_args()
     try:
+        for name, value in vars(args).items():
+            _can_be(name, value)
         code = run(args)
         _ranks("leave")
     except EngineError as error:
@@ -54,6 +58,16 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
     if code and code != STOPPED and _ranks("alone") is False:
         os._exit(code)  # what Python ends by itself would wait for ranks that have left
     sys.exit(code)
+
+
+def _can_be(name: str, value: object) -> None:
+    """Raises ConfigError for a path that no disk can have."""
+    for path in value if isinstance(value, list) else [value]:
+        if isinstance(path, Path):
+            try:
+                place(str(path))
+            except ValueError as error:
+                raise ConfigError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,17 @@ from typing import BinaryIO
 
 from engine.base.errors import DataError, GoneError
 
+LONGEST = 230  # bytes of a name: disks take 255, and what is written beside has a longer one
+
+
+def place(path: str) -> str:
+    """`path`, where a disk can have a file of that name.  Raises ValueError: what systems say of one that cannot be
+    differs from call to call."""
+    if not path or "\0" in path or any(len(os.fsencode(part)) > LONGEST for part in path.split("/")):
+        raise ValueError(f"no file can have the name {path[:40]!r}{'…' if len(path) > 40 else ''}: it is empty, longer "
+                         f"than {LONGEST} bytes, or holds a NUL")
+    return path
+
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[BinaryIO]:

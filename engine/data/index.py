@@ -9,7 +9,6 @@ are bits of one integer until its `Chip` is made, and no object is made for a fi
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError
+from engine.base.texts import read_json
 from engine.data.dataset import FILE, Dataset, load_dataset, parse_dataset
 from engine.data.metadata import FEATURE_CSVS, LABEL_CSVS, Published, find_csv, read_metadata, rows
 from engine.data.store import chip_file
@@ -142,6 +142,8 @@ def _open_store(root: Path) -> Index:
             path = folder / name
             if name not in there:
                 raise DataError(f"{path}: is in {chip_file.MANIFEST} but not on disk; {chip_file.REMEDY}")
+            if not (isinstance(entry["id"], str) and entry["id"]) or entry["split"] not in ("train", "test"):
+                raise TypeError
             months = tuple(row(entry["months"][sensor.name]) for sensor in dataset.sensors)
             label = path if entry["label"] else None
             chips.append(Chip(entry["id"], entry["split"], dataset, months, folder, label, path))
@@ -156,7 +158,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a packed store.  Raises DataError where it is missing, unreadable or of another version."""
     path = root / chip_file.MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         version, _ = manifest["version"], manifest["chips"][0]["id"]
         if version == chip_file.VERSION:
             manifest["dataset"]
@@ -165,7 +167,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
                         f"`launch/prepare.py pack` or `download` again, it goes on from where it stopped") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions or its disk") from None
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError):
         raise _damaged(path) from None
     if version != chip_file.VERSION:
         raise DataError(f"{path}: a store of format version {version}, this program reads {chip_file.VERSION}; take "

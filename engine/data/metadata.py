@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,11 @@ FEATURE_CSVS = ("*features_metadata*.csv", "*features_metadata*.csv.gz")
 LABEL_CSVS = ("*train_agbm_metadata*.csv", "*train_agbm_metadata*.csv.gz")
 # The names that other libraries look for (docs/other-libraries.md): torchgeo, TerraTorch
 FEATURE_CSVS_ELSEWHERE = ("biomassters_features_metadata.csv", "The_BioMassters_-_features_metadata.csv.csv")
+
+_PLAIN = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,255}")  # a file's name, in its folder
+_SPLIT = re.compile(r"\w{0,50}")
+_LONGEST = 1 << 16
+
 
 @dataclass(frozen=True)
 class Published:
@@ -93,7 +99,7 @@ def rows(path: Path) -> Iterator[Row]:
 
 def _rows(path: Path) -> Iterator[Row]:
     with _open(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle)
+        reader = csv.reader(_lines(handle))
         header = next(reader, [])
         width, columns = len(header), {column: place for place, column in enumerate(header)}
         if "filename" not in columns:
@@ -113,8 +119,19 @@ def _rows(path: Path) -> Iterator[Row]:
             except ValueError:
                 raise DataError(f"{path}: size or cksum of {cells[name]} is no number; download the CSV "
                                 f"again") from None
+            if not _PLAIN.fullmatch(cells[name]) or not _SPLIT.fullmatch(cells[split]):
+                raise DataError(f"{path}:{reader.line_num}: filename {cells[name][:80]!r} of split "
+                                f"{cells[split][:80]!r} is no file in a folder of this data; download the CSV again")
             yield Row(cells[name], cells[split], row_size, row_cksum,
                        {region: cells[place] for region, place in regions})
+
+
+def _lines(handle: io.TextIOWrapper) -> Iterator[str]:
+    """Raises csv.Error for a line that a few bytes of a .gz can make as long as the memory."""
+    while line := handle.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise csv.Error(f"a line of more than {_LONGEST} characters")
+        yield line
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from engine.data.tiff import tiff
 from engine.inference.made import map_path, read_map
 
 _SHOWN = 5  # of what is wrong
+LONGEST = 100  # of USTAR
 
 
 class Submission(NamedTuple):
@@ -91,6 +92,10 @@ def submission(path: Path, data: Path, chosen: Sequence[Chip]) -> Submission:
         shown = ", ".join(absent[:_SHOWN]) + (" …" if len(absent) > _SHOWN else "")
         raise DataError(f"--submission {path}: {len(absent)} of the {len(wanted)} test chips of {csv} are not "
                         f"predicted: {shown}; give --split test, and download what is not in {data}")
+    longest = max((dataset.label_name(chip) for chip in wanted), key=len)
+    if len(longest.encode()) > LONGEST:
+        raise DataError(f"--submission {path}: {longest} is longer than the {LONGEST} bytes that a name in an archive "
+                        f"has; shorten the chip's id")
     return Submission(path, dataset, tuple(sorted(wanted)))
 
 

@@ -22,6 +22,7 @@ import yaml
 from engine.base.distributed import barrier, from_rank_0, of_all, rank, together, world
 from engine.base.errors import ConfigError
 from engine.base.files import write_text
+from engine.base.texts import read_json, read_yaml
 from engine.config import Config
 
 LOCK = ".lock"
@@ -78,13 +79,17 @@ def _claim(folder: Path, config: Config, restart: bool, data: Mapping[str, Any])
     path, about = folder / "config.yaml", folder / "data.json"
     if restart:
         for entry in folder.iterdir():
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != LOCK:
                 entry.unlink()
     if path.exists():
-        changed = [key for key in _differences(yaml.safe_load(path.read_text()), config.dump())
-                   if not any(key[:len(f)] == f for f in _FREE)]
+        try:
+            before = read_yaml(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}), so nothing says whose run this is; bring it back, or "
+                              f"give this one another run.name") from None
+        changed = [key for key in _differences(before, config.dump()) if not any(key[:len(f)] == f for f in _FREE)]
         if changed:
             raise ConfigError(f"{folder} holds a run of another recipe ({', '.join('.'.join(k) for k in changed[:5])} "
                               f"changed); give this one another run.name, or --restart to delete that run")
@@ -123,7 +128,7 @@ def _seen_by_all(folder: Path) -> None:
 def _begun_on(path: Path) -> dict[str, Any] | None:
     """None where the run does not say: it was killed as it began, or the file was damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and "values" in found else None

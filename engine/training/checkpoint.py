@@ -32,6 +32,7 @@ from engine.base.distributed import from_rank_0, rank, together, world
 from engine.base.errors import EngineError
 from engine.base.files import fsync, sha256, write_text
 from engine.base.sections import HERE
+from engine.base.texts import parse_json
 from engine.config import Config
 from engine.model.tensors import write_tensors
 from engine.run.background import Background
@@ -208,7 +209,7 @@ def _examine(path: Path) -> tuple[dict[str, Any] | None, str]:
                           f"(model.weights: {path.parent.parent})")
     try:
         text = (path / NOTE).read_bytes().decode()
-        content = json.loads(text)
+        content = parse_json(text)
         if not isinstance(content, dict) or text != _sealed({k: v for k, v in content.items() if k != "sha256"}):
             return None, f"{NOTE} is not as it was written"
         if content["format"] != FORMAT:
@@ -216,6 +217,8 @@ def _examine(path: Path) -> tuple[dict[str, Any] | None, str]:
                               f"the engine that wrote it")
         if path.name != f"step-{content['step']:08d}":
             return None, f"{NOTE} is step {content['step']}'s"
+        if not content["files"].keys() <= {MODEL, OPTIMIZER, EMA} or not isinstance(content["state"], dict):
+            return None, f"{NOTE} names files that no checkpoint has"
         for name, wanted in content["files"].items():
             size = (path / name).stat().st_size
             if size != wanted["size"]:
@@ -224,8 +227,10 @@ def _examine(path: Path) -> tuple[dict[str, Any] | None, str]:
                 return None, f"{name} is not as it was written"
     except OSError as error:
         return None, f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, RecursionError):
+    except ValueError:
         return None, f"{NOTE} is cut off or not JSON"
+    except (KeyError, TypeError, AttributeError) as error:  # sealed, and not by this engine
+        return None, f"{NOTE} does not say what a checkpoint does ({error})"
     return content, ""
 
 
