@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import reprlib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C lets a f
     def persistent_load(self, pid: Any) -> StorageNote:
         kind, dtype, key, _location, elements = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(elements, int):
-            raise pickle.UnpicklingError(f"a storage of an unknown kind: {pid!r}")
+            raise pickle.UnpicklingError(f"a storage of an unknown kind: {reprlib.repr(pid)}")
         return StorageNote(str(key), dtype, elements)
 
 
@@ -169,10 +170,12 @@ class TorchZip:
         self._storages: dict[str, torch.Tensor] = {}
         try:
             self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
             raise WeightsError(f"{path}: truncated or damaged ({error}); copy or download it again") from error
         try:
             self._root = self._find_root()
+            if f"{self._root}byteorder" in self._zip.namelist() and self._read("byteorder") != b"little":
+                raise WeightsError(f"{path}: written on a big-endian machine; save it again as .safetensors there")
             self.content: Any = _Unpickler(io.BytesIO(self._read("data.pkl")), encoding="utf-8").load()
         except WeightsError:
             self.close()
@@ -196,8 +199,6 @@ class TorchZip:
         if len(roots) != 1:
             raise WeightsError(f"{self.path}: a zip file, but not one of torch.save (no data.pkl in it); "
                                "give a .safetensors file or a file written by torch.save")
-        if f"{roots[0]}byteorder" in self._zip.namelist() and self._zip.read(f"{roots[0]}byteorder") != b"little":
-            raise WeightsError(f"{self.path}: written on a big-endian machine; save it again as .safetensors there")
         return roots[0]
 
     def _read(self, record: str) -> bytes:
@@ -206,7 +207,7 @@ class TorchZip:
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile("compressed, which torch.save never does")
             return self._zip.read(entry)
-        except (KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, EOFError, OSError, RuntimeError, zipfile.BadZipFile) as error:  # Runtime: encrypted
             raise WeightsError(f"{self.path}: its part {record!r} is missing or damaged ({error}); "
                                "copy or download it again") from error
 

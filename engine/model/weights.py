@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.base.errors import ConfigError, WeightsError
+from engine.base.texts import parse_json
 from engine.model.backbones import TILE, guess_backbone, input_channels
 from engine.model.tensors import read_metadata, read_tensors, write_tensors
 from engine.model.unet import BiomassUNet
@@ -25,6 +26,7 @@ from engine.model.unet import BiomassUNet
 log = logging.getLogger(__name__)
 
 ENCODER = "encoder.model."
+LARGEST_TILE = 512  # pixels a side, of any data set
 RUN_FILES = ("weights/best.safetensors", "weights/last.safetensors")  # of a run folder, in order of preference
 
 
@@ -116,9 +118,10 @@ def _architecture(file: Path, state: Mapping[str, Tensor], about: Mapping[str, A
                   backbone: str | None) -> dict[str, Any]:
     if "architecture" in about:
         try:
-            said = json.loads(about["architecture"])
+            said = parse_json(about["architecture"])
             architecture = {key: said[key] for key in ("backbone", "decoder_channels", "in_channels")}
             architecture["tile"] = said.get("tile", TILE)  # older files do not say it
+            _believable(file, state, architecture)
         except (ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{file}: its metadata 'architecture' is damaged ({error!r}); write it again with "
                                "engine.model.weights.save_weights") from error
@@ -144,6 +147,14 @@ def _architecture(file: Path, state: Mapping[str, Tensor], about: Mapping[str, A
                     file, backbone)
     return {"backbone": backbone, "decoder_channels": _decoder_channels(file, state), "in_channels": in_channels,
             "tile": TILE}
+
+
+def _believable(file: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file's words ask for another model than its tensors are of, however large."""
+    stems = {tensor.shape[1] for name, tensor in state.items() if name.startswith(ENCODER) and tensor.ndim == 4}
+    if not isinstance(said["backbone"], str) or said["decoder_channels"] != _decoder_channels(file, state) \
+            or said["in_channels"] not in stems or said["tile"] not in range(1, LARGEST_TILE + 1):
+        raise ValueError("it is not what the tensors are of")
 
 
 def _said_backbone(about: Mapping[str, Any]) -> str | None:

@@ -40,6 +40,7 @@ except ImportError:
 _NETWORK = (NoConnectionError, HTTPClientError, IncompleteReadError, HTTPError)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before a retry; doubled each time
+LARGEST = 1 << 26  # bytes of a file, which is held in memory
 MOST_PROBLEMS = 100  # a wrong bucket or region would otherwise report 250,000
 _BANDS_BYTES = [len(sensor.bands) * sensor.values.itemsize for sensor in BIOMASSTERS.sensors]
 _TRY_AGAIN = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "InternalError"}  # error codes of S3
@@ -168,6 +169,8 @@ def _get(client: Any, file: Remote) -> tuple[bytes, str]:
             size = answer["ContentLength"]
             if file.size not in (None, size):
                 return b"", f"{size} bytes, published {file.size}"
+            if size > LARGEST:
+                return b"", f"{size} bytes, far more than an image has"
             data = body.read()
     except FlexibleChecksumError as error:  # S3's own checksum, where the object has one
         return b"", str(error)

@@ -173,9 +173,14 @@ def _alive(process: int) -> bool:
     return True
 
 
+_LARGEST = 1 << 28  # bytes of a TIFF, which is held in memory
+
+
 def _read(path: Path, published: Published | None) -> bytes:
     """A TIFF, compared with what was published of it."""
     try:
+        if path.stat().st_size > _LARGEST:
+            raise DataError(f"{path}: {path.stat().st_size} bytes, far more than an image needs; {tiff.REMEDY}")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {tiff.REMEDY}") from None

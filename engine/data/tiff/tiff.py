@@ -15,10 +15,12 @@ of 8 KiB or one row, which is GDAL's default.
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import os
 import stat
 import struct
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +121,7 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
     if layout.shape != out.shape or found != wanted:
         raise DataError(f"holds {_words(layout.shape, found)}, where {_words(out.shape, wanted)} is wanted")
     if layout.offset is None:
+        _check_inflated(data)
         out[...] = _decode(data, layout)
     else:
         out[...] = np.frombuffer(data, layout.dtype, out.size, layout.offset).reshape(out.shape)
@@ -131,6 +134,28 @@ def _flat(out: np.ndarray) -> np.ndarray:
 
 def _words(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     return f"{' × '.join(map(str, shape))} {dtype}"
+
+
+def _check_inflated(data: bytes) -> None:
+    """Raises DataError where a piece inflates to more than its pixels: a thousandfold, it could take all memory."""
+    tags, _, _ = _directory(data, len(data))
+    kinds: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+    start = kinds.get(_one(tags, COMPRESSION, 1))
+    if start is None:
+        return  # at most 128-fold
+    bands, bits = _one(tags, SAMPLES, 1), int(tags[BITS][0])
+    pixels = (_one(tags, TILE_WIDTH) * _one(tags, TILE_LENGTH) if TILE_WIDTH in tags else
+              _one(tags, WIDTH) * min(_one(tags, ROWS_PER_STRIP, _one(tags, LENGTH)), _one(tags, LENGTH)))
+    most = pixels * bands * bits // 8
+    tiled = TILE_WIDTH in tags
+    for offset, count in zip(tags[TILE_OFFSETS if tiled else STRIP_OFFSETS].tolist(),
+                             tags[TILE_COUNTS if tiled else STRIP_COUNTS].tolist()):
+        try:
+            inflated = start().decompress(data[offset:offset + count], max_length=most + 1)
+        except (zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"cannot be decoded ({error})") from None
+        if len(inflated) > most:
+            raise DataError(f"damaged header (a piece inflates to more than its {most} bytes)")
 
 
 def _decode(data: bytes, layout: Layout) -> np.ndarray:
