@@ -16,6 +16,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -77,6 +78,26 @@ def instructions() -> tuple[str, ...]:
                        f"here it may be {' or '.join(allowed)}")
 
 
+def own_folder(folder: Path) -> Path:
+    """`folder`, made if need be, in which nobody else can write: what lies there is executed.
+
+    Raises OSError where it cannot be made, and PermissionError where it is another user's, or a link.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(f"{folder} belongs to another user of this machine, or is a link")
+    if status.st_uid == os.geteuid() and status.st_mode & 0o022:
+        folder.chmod(status.st_mode & 0o755)
+    return folder
+
+
+def _ours(library: Path) -> bool:
+    """Whether nobody else can have written it."""
+    status = library.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+
+
 def load(source: Path) -> ctypes.CDLL:
     """The compiled library, built if the cache has none; callers keep it.
 
@@ -98,10 +119,9 @@ def _load(source: Path) -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     processor = _processor() if chosen == _NATIVE else []
     key = "\0".join([source.read_text(), *_FLAGS, *chosen, compiler, version, *processor])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass-kernels"
+    folder = own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "biomass-kernels")
     target = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not (target.exists() and _ours(target)):
         handle, beside = tempfile.mkstemp(dir=folder, suffix=".tmp")
         os.close(handle)
         try:
@@ -109,6 +129,7 @@ def _load(source: Path) -> ctypes.CDLL:
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
+            Path(beside).chmod(0o700)
             Path(beside).replace(target)  # several ranks may build at once: each puts a whole file in place
         finally:
             Path(beside).unlink(missing_ok=True)

@@ -7,7 +7,9 @@ it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,26 @@ def build_backbone(backbone: str, in_channels: int, pretrained: bool | str | Pat
     else:
         source, overlay = str(pretrained), {"state_dict": _fitting_weights(Path(pretrained), plain, backbone)}
     try:
-        return timm.create_model(backbone, features_only=True, in_chans=in_channels, pretrained=True,
-                                 pretrained_cfg_overlay=overlay, **options)
+        with _of_tensors_alone():
+            return timm.create_model(backbone, features_only=True, in_chans=in_channels, pretrained=True,
+                                     pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # the hub's client, the network and timm each have errors of their own
         raise WeightsError(f"{source} could not be loaded ({type(error).__name__}: {error}); check the network, "
                            "or download the file elsewhere and give model.pretrained its path") from error
+
+
+@contextmanager
+def _of_tensors_alone() -> Iterator[None]:
+    """The hub may have a pickle where it has no safetensors, which not every timm asks torch not to execute."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[key]
+        if before is not None:
+            os.environ[key] = before
 
 
 def has_fixed_size(backbone: str) -> bool:

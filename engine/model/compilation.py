@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.model.unet import BiomassUNet
+from kernels.native import own_folder
 
 # Graphs per block class: kinds of blocks of the largest backbones, times training and evaluation
 RECOMPILE_LIMIT = 128
@@ -66,7 +67,8 @@ def compile_regions(model: BiomassUNet, zero_stage: int = 0, backend: str | Call
     if zero_stage == 3:
         return (f"nothing is compiled at ZeRO-3: its hooks gather weights inside the model's {len(found)} blocks; "
                 "set train.zero_stage to 2 or less to compile them")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "biomassters" / "inductor"))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # torch's own is in /tmp, and code and pickles lie there
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own_folder(Path.home() / ".cache" / "biomassters" / "inductor"))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     decoder = set(model.decoder.blocks)
     model.keep_less = False  # Inductor decides what a compiled block keeps

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,31 @@ def test_a_home_shared_by_machines(
         machine(monkeypatch, tmp_path, " ".join(native.INSTRUCTION_SETS["avx512"]) + more)
         native.load(source)
     assert len(built(source)) == (1 if instructions else 2)
+
+
+def test_a_folder_that_others_can_write_in(tmp_path: Path) -> None:
+    """What lies there is executed."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert native.own_folder(folder).stat().st_mode & 0o777 == 0o755
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        native.own_folder(tmp_path / "link")
+    if os.geteuid() == 0:
+        os.chown(folder, 1234, 1234)
+        with pytest.raises(PermissionError, match="belongs to another user"):
+            native.own_folder(folder)
+
+
+@needs_compiler
+def test_a_library_that_others_can_have_written_is_built_anew(source: Path) -> None:
+    native.load(source)
+    [library] = built(source)
+    library.write_bytes(b"another's")
+    library.chmod(0o777)
+    assert native.load(source).instructions() != 0
+    assert library.stat().st_mode & 0o777 == 0o700 and library.read_bytes()[:4] == b"\x7fELF"
 
 
 @needs_compiler
