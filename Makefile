@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_CHIPS ?= 48
-QUICK := $(addprefix tests/,base run data model training inference kernels test_layering.py test_docs.py)
+QUICK := $(addprefix tests/,base run data model training inference kernels test_layering.py test_docs.py test_security.py test_outside.py)
 
 .PHONY: install demo test test-quick lint gpu-check clean
 

@@ -192,7 +192,7 @@ def torchrun(world: int, hosts: int = 1, address: str = "127.0.0.1") -> list[dic
 
 def listening(process: int) -> set[str]:
     """The addresses at which a process takes connections, on whichever host it is: proc(5), net/tcp."""
-    own = {os.readlink(one) for one in Path(f"/proc/{process}/fd").iterdir() if one.is_symlink()}
+    own = {str(one.readlink()) for one in Path(f"/proc/{process}/fd").iterdir() if one.is_symlink()}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:

@@ -98,6 +98,16 @@ def test_two_processes() -> None:
     mp.spawn(_two, args=(str(free_port()),), nprocs=2)
 
 
+def _one(process: int) -> None:
+    join("cpu", timeout=60)
+    assert dist.is_initialized() and listening(os.getpid()) <= {"127.0.0.1"}
+    leave()
+
+
+def test_a_process_alone_listens_to_nobody_else() -> None:
+    mp.spawn(_one, nprocs=1)
+
+
 def test_alone_nothing_needs_a_group() -> None:
     assert average_(torch.tensor([3.0])).item() == 3.0
     average_statistics(nn.BatchNorm2d(2))
