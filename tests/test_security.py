@@ -52,7 +52,7 @@ from engine.model.backbones import build_backbone
 from engine.model.weights import load_model, read_notes
 from engine.run import folder as run_folder
 from engine.run.log import _parsed
-from engine.training import checkpoint
+from engine.training import checkpoint, dump
 from tests.conftest import ROOT
 from tests.scenes import place
 
@@ -164,6 +164,16 @@ def _hub(folder: Path, data: bytes) -> None:
             assert any(folder.iterdir())  # it was asked for
 
 
+def _dump(folder: Path, data: bytes, name: str) -> None:
+    """Whole but for the file `name`."""
+    about = {"step": 1, "seeds": [1], "chips": [[["a"]]], "loss_scale": 1}
+    _put(folder / dump.ABOUT, json.dumps(about).encode())
+    _put(folder / dump.RECIPE, yaml.safe_dump(load_config(RECIPE).dump()).encode())
+    _put(folder / name, data)
+    about_, _ = dump._read(folder)
+    dump._batches(folder / "rank-0.safetensors", len(about_.chips[0]))
+
+
 def _text(data: bytes) -> str:
     return data.decode("latin-1")
 
@@ -192,6 +202,9 @@ DOORS: dict[str, Callable[[Path, bytes], object]] = {
     "run's config.yaml": _run,
     "config.yaml of --split validation": lambda at, data: choose_chips(
         at, "validation", _put(at / "config.yaml", data).parent),
+    "dump.json": lambda at, data: _dump(at, data, dump.ABOUT),
+    "dump's config.yaml": lambda at, data: _dump(at, data, dump.RECIPE),
+    "dump's batches": lambda at, data: _dump(at, data, "rank-0.safetensors"),
     "quarantine.json": lambda at, data: quarantine.record(_put(at / quarantine.REPORT, data).parent, {}),
     "folds": lambda at, data: folds.load_folds(_put(at / "f.json", data)),
     "features' CSV": lambda at, data: list(metadata.read_metadata(
@@ -310,12 +323,14 @@ READERS = {  # where in engine/ and kernels/ something is read -> its doors
     "engine/inference/made.py:_compare": ["made.json of maps"],
     "engine/inference/predictor.py:choose_chips": ["config.yaml of --split validation"],
     "engine/model/backbones.py:build_backbone": ["model.pretrained", "timm's hub"],
+    "engine/model/backbones.py:_fitting_weights": ["model.pretrained"],
     "engine/model/backbones.py:_encoder_shapes": "a name that timm knows, without weights",
     "engine/model/tensors.py:_head": ["weights .pth", "weights .safetensors"],
     "engine/model/tensors.py:_from_safetensors": ["weights .safetensors"],
     "engine/model/tensors.py:read_metadata": ["run folder's weights"],
     "engine/model/unpickle.py:TorchZip.__init__": ["weights .pth"],
     "engine/model/weights.py:_architecture": ["weights .safetensors"],
+    "engine/model/weights.py:read_weights": ["weights .pth", "weights .safetensors"],
     "engine/model/weights.py:identify": INNER,
     "engine/run/folder.py:_begun_on": ["data.json"],
     "engine/run/folder.py:_claim": ["run's config.yaml"],
@@ -324,6 +339,8 @@ READERS = {  # where in engine/ and kernels/ something is read -> its doors
     "engine/run/log.py:_parsed": ["history.jsonl"],
     "engine/training/checkpoint.py:_examine": ["checkpoint.json"],
     "engine/training/checkpoint.py:load": ["checkpoint's tensors"],
+    "engine/training/dump.py:_read": ["dump.json", "dump's config.yaml"],
+    "engine/training/dump.py:_batches": ["dump's batches"],
     "kernels/native.py:_told": INNER,
     "kernels/native.py:_load": "tests/kernels/test_native.py: a folder that nobody else writes in",
 }
@@ -334,6 +351,7 @@ OPTIONS = {  # of the commands: what takes a text -> its doors
     "--dataset": ["description"], "--metadata": ["features' CSV"],
     "--out": ["made.json of maps", "map that is there", "cut.json", "sample.json", "scene.json", "map of a chip"],
     "--into-store": ["packed chip of a store"], "--chips": "`test_a_list_of_chips`",
+    "--replay": ["dump.json", "dump's config.yaml", "dump's batches", "weights .safetensors"],
     "--submission": "written alone", "--backbone": "a name that timm knows", "--chip": "an id that the index knows",
     "--tta": "names", "--max-time": "numbers", "--profile": "numbers", "--endpoint-url": "a server's address",
 }
@@ -345,8 +363,8 @@ KEYS = {  # of recipes that name a file or folder
     "model.weights": ["weights .pth", "weights .safetensors"],
 }
 # Calls that read: of files, of texts that came in one, and what executes
-_READS = re.compile(r"(read_(text|bytes|yaml|json|csv)|parse_(yaml|json|crs)|(safe_|unsafe_)?load(s|_file)?|safe_open|"
-                    r"fdopen|pread|preadv|ZipFile|TiffFile|_?Unpickler|CDLL|memmap|fromfile|genfromtxt|urlopen|get_object|eval|exec|"
+_READS = re.compile(r"(read_(text|bytes|yaml|json|csv|tensors)|model_validate_json|parse_(yaml|json|crs)|"
+                    r"(safe_|unsafe_)?load(s|_file)?|safe_open|fdopen|pread|preadv|ZipFile|TiffFile|_?Unpickler|CDLL|memmap|fromfile|genfromtxt|urlopen|get_object|eval|exec|"
                     r"create_model|from_user_input|from_file|extract(all)?|unpack_archive|import_module|run_path)")
 _WRITES = re.compile(r"""open\(.*['"](wb?|ab|x)['"]""")
 

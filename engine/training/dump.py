@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engine.base.distributed import of_all, rank, together, world
 from engine.base.errors import DataError, EngineError
 from engine.base.files import write_text
+from engine.base.texts import read_yaml
 from engine.config import Config, parse_config
 from engine.data.batch import Batch
 from engine.data.dataset import described
@@ -113,7 +114,7 @@ class _About(BaseModel):
     """What `replay` needs of dump.json."""
 
     step: int
-    seeds: list[int]  # of each rank
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]]  # of each rank
     chips: list[list[list[str]]]  # of each rank and micro-batch
     loss_scale: Annotated[float, Field(gt=0)]
 
@@ -121,8 +122,8 @@ class _About(BaseModel):
 def _read(folder: Path) -> tuple[_About, Config]:
     try:
         about = _About.model_validate_json((folder / ABOUT).read_bytes())
-        recipe = yaml.safe_load((folder / RECIPE).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        recipe = read_yaml(folder / RECIPE)
+    except (OSError, ValueError):
         raise DataError(f"{folder}: not a dump, or a damaged one ({ABOUT} or {RECIPE} cannot be read); give a folder "
                         f"RUN/dump/step-N") from None
     return about, parse_config(recipe, str(folder / RECIPE))
