@@ -130,9 +130,10 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         if place.rank == 0:  # whose end is the store's
             store.wait([f"met/{rank}" for rank in range(place.world)])
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, OSError) as error:
+        hint = ("were all started, on this one host, as its LOCAL_WORLD_SIZE says?" if one_host else
+                "were all started, and can they reach that host?")
         raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {address}:"
-                          f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); were all started, and can "
-                          f"they reach that host?") from None
+                          f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); {hint}") from None
     _Joined.names = [f"rank {rank} on host {said.host}" for rank, said in enumerate(everyone)]
     _Joined.cores = _part_of(said.cores, [other.cores for other in everyone if other.host == host])
     if trouble is not None:

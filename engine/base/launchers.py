@@ -106,7 +106,10 @@ def _address(environ: Mapping[str, str], launcher: _Launcher, world: int, local_
 
 def _port(environ: Mapping[str, str], launcher: _Launcher, world: int, local_world: int) -> int:
     if "MASTER_PORT" in environ:
-        return _number(environ, launcher, ("MASTER_PORT",))
+        port = _number(environ, launcher, ("MASTER_PORT",))
+        if not 0 <= port < 1 << 16:
+            raise ConfigError(f"MASTER_PORT is {port}; give a port from 1 to 65535 that is free on rank 0's host")
+        return port
     if world == 1:
         return 0
     job = _first(environ, launcher.job)

@@ -90,6 +90,7 @@ def test_without_a_launcher_a_process_is_alone() -> None:
     ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
     ({**TORCHRUN, "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x', not a number"),
     ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
+    ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is 70000; give a port from 1 to 65535"),
     ({**SRUN, "SLURM_STEP_NUM_TASKS": "", "SLURM_NTASKS": "8x"}, "SLURM_NTASKS is '8x'"),
     ({k: v for k, v in OMPI.items() if k != "MASTER_ADDR"}, "8 ranks over several hosts, but does not say where"),
     ({k: v for k, v in HYDRA.items() if k != "MASTER_PORT"}, "set MASTER_PORT"),
