@@ -79,10 +79,10 @@ def keep_buffers() -> None:
         averaged[0] += 1
         average(model)
 
-    def saved(self, engine, step, state):  # type: ignore[no-untyped-def]
+    def saved(self, engine, step, state, *more):  # type: ignore[no-untyped-def]
         torch.save((averaged[0], dict(engine.module.named_buffers())),
                    self.folder.parent / f"buffers-{step}-{os.environ['RANK']}.pt")
-        save(self, engine, step, state)
+        save(self, engine, step, state, *more)
 
     trainer.average_statistics, checkpoint.Checkpoints.save = counted, saved  # type: ignore[method-assign]
 
