@@ -205,7 +205,7 @@ DOORS: dict[str, Callable[[Path, bytes], object]] = {
     "dump.json": lambda at, data: _dump(at, data, dump.ABOUT),
     "dump's config.yaml": lambda at, data: _dump(at, data, dump.RECIPE),
     "dump's batches": lambda at, data: _dump(at, data, "rank-0.safetensors"),
-    "quarantine.json": lambda at, data: quarantine.record(_put(at / quarantine.REPORT, data).parent, {}),
+    "quarantine.json": lambda at, data: quarantine.load(_put(at / quarantine.REPORT, data).parent),
     "folds": lambda at, data: folds.load_folds(_put(at / "f.json", data)),
     "features' CSV": lambda at, data: list(metadata.read_metadata(
         _put(at / "features_metadata.csv", data).parent)),
@@ -304,7 +304,8 @@ READERS = {  # where in engine/ and kernels/ something is read -> its doors
     "engine/data/scene/scene.py:_read": ["scene"],
     "engine/data/scene/stac.py:_read": ["STAC items"],
     "engine/data/selection/folds.py:load_folds": ["folds"],
-    "engine/data/selection/quarantine.py:record": ["quarantine.json"],
+    "engine/data/selection/quarantine.py:inspect": "by `load`",
+    "engine/data/selection/quarantine.py:load": ["quarantine.json"],
     "engine/data/store/chip_file.py:open_file": ["packed chip", "packed chip of a store"],
     "engine/data/store/chip_file.py:head_of": ["packed chip"],
     "engine/data/store/chip_file.py:_parse": ["packed chip"],

@@ -118,8 +118,7 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         _Joined.names = [f"rank 0 on host {host}"]
         return dist.HashStore()  # which listens on no port
-    one_host = place.local_world == place.world
-    address, own = (LOOPBACK, LOOPBACK) if one_host else (place.address, _address_to(place.address))
+    address, own = (LOOPBACK, LOOPBACK) if place.one_host else (place.address, _address_to(place.address))
     try:
         store = _store(place, address, own, timedelta(seconds=timeout))
         said = _Said(host, own, device.type, card, sorted(os.sched_getaffinity(0)),
@@ -130,7 +129,7 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         if place.rank == 0:  # whose end is the store's
             store.wait([f"met/{rank}" for rank in range(place.world)])
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, OSError) as error:
-        hint = ("were all started, on this one host, as its LOCAL_WORLD_SIZE says?" if one_host else
+        hint = ("were all started, on this one host, as its LOCAL_WORLD_SIZE says?" if place.one_host else
                 "were all started, and can they reach that host?")
         raise ConfigError(f"rank {place.rank} on {host}: not all of {place.world} ranks met at {address}:"
                           f"{os.environ['MASTER_PORT']} within {timeout:.0f} s ({error}); {hint}") from None
@@ -144,7 +143,7 @@ def _meet(place: Place, device: torch.device, timeout: float, trouble: DeviceErr
         elsewhere = (said.address for said in everyone if not ipaddress.ip_address(said.address).is_loopback)
         own = next(map(_address_to, elsewhere), own)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(own))
-    if one_host:  # over several, NCCL itself knows best which network is the fast one
+    if place.one_host:  # over several, NCCL itself knows best which network is the fast one
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return store
 

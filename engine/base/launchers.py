@@ -22,6 +22,7 @@ class Place(NamedTuple):
     local_world: int
     address: str  # where rank 0 listens
     port: int  # 0: any that is free, for one process alone
+    one_host: bool = False  # as the launcher says; where it says nothing, ranks may lie on several
 
 
 class _Launcher(NamedTuple):
@@ -76,8 +77,9 @@ def _read(environ: Mapping[str, str], launcher: _Launcher) -> Place:
     if not 0 <= rank < world or not 0 <= local_rank < local_world <= world:
         raise ConfigError(f"{launcher.name} calls this process rank {rank} of {world}, {local_rank} of {local_world} "
                           f"on its host, which cannot be; are variables left over from another launcher?")
+    said = _first(environ, launcher.local_world) is not None
     return Place(rank, world, local_rank, local_world, _address(environ, launcher, world, local_world),
-                 _port(environ, launcher, world, local_world))
+                 _port(environ, launcher, world, local_world), said and local_world == world > 1)
 
 
 def _local_world(environ: Mapping[str, str], launcher: _Launcher, world: int) -> int:

@@ -29,6 +29,13 @@ def test_launchers_that_say_it_all(launcher: dict[str, str]) -> None:
     assert place(launcher) == Place(5, 8, 1, 4, "a", 29400)
 
 
+def test_one_host_is_what_a_launcher_says() -> None:
+    """Or rank 0 would listen where no other host can reach it."""
+    assert place({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}).one_host and not place(TORCHRUN).one_host
+    silent = {key: value for key, value in TORCHRUN.items() if key != "LOCAL_WORLD_SIZE"}
+    assert place(silent)[:4] == (5, 8, 1, 8) and not place(silent).one_host
+
+
 def test_srun_alone_says_where_to_meet() -> None:
     found = place(SRUN)
     assert found[:5] == (5, 8, 1, 4, "gpu03") and 20_000 <= found.port < 32_000

@@ -170,7 +170,7 @@ def test_a_run_that_would_not_be_the_same_does_not_go_on(tmp_path: Path) -> None
         Quarantine(tmp_path, {"a": "bad", "b": "bad", "v": "v.tif: is empty"}, before, {"v"}).begin(4)
     for text in ('{"a": ', "[]", '{"a": {"since": 3}}'):
         (tmp_path / "quarantine.json").write_text(text)
-        with pytest.raises(DataError, match=r"quarantine.json: cannot be read .* another run.name"):
+        with pytest.raises(DataError, match=r"quarantine.json: is damaged .* another run.name"):
             quarantine.load(tmp_path)
 
 

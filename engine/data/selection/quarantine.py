@@ -205,8 +205,8 @@ def load(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is damaged, so nothing says which chips this run was begun without ({error}); bring it "
-                        f"back, or give this run another run.name") from None
+        raise DataError(f"{path}: is damaged ({error}), so nothing says which chips this run was begun without; bring "
+                        f"it back, or give this run another run.name") from None
     return found
 
 
