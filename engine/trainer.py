@@ -375,11 +375,11 @@ class Trainer:
 
     def _save(self) -> None:
         HERE.enter("saving")
+        self._flush()  # or a kill before the next line of the log would lose the steps until here
         average_statistics(self.engine.module)
         self.checkpoints.save(self.engine, self.state.step, asdict(self.state), self.ema)
 
     def _save_and_stop(self) -> None:
-        self._flush()
         self._save()
         self.checkpoints.finish()
         raise Stopped(f"stopped after step {self.state.step} with everything saved in {self.folder}; "
