@@ -142,7 +142,7 @@ class Trainer:
         with together():
             if self.quarantine is not None:
                 self.quarantine.begin(self.state.step)
-        self.log = RunLog(self.folder, self.state.step)
+        self.log = RunLog(self.folder, self.state.step, validated=not self.state.chips)
         metrics: dict[str, float] = {}
         try:
             while self.state.phase < len(self.config.phases):

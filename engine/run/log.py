@@ -18,12 +18,15 @@ from engine.base.distributed import rank
 from engine.base.files import write_text
 from engine.base.texts import parse_json
 
+SCORES = ("validation", "seen_in_training")
+
 log = logging.getLogger(__name__)
 
 
 class RunLog:
-    def __init__(self, folder: Path, step: int):
-        """`step`: the checkpoint's, 0 for a new run; what was logged after it is dropped."""
+    def __init__(self, folder: Path, step: int, validated: bool = True):
+        """`step`: the checkpoint's, 0 for a new run; what was logged after it is dropped.  validated: whether it was
+        saved after its step's validation, if there is one, and not because the run was asked to stop before."""
         self._history = None
         if rank() != 0:
             return
@@ -31,7 +34,8 @@ class RunLog:
 
         path = folder / "history.jsonl"
         old = path.read_bytes().splitlines() if path.exists() else []
-        kept = [line for line in map(_parsed, old) if line and line["step"] <= step]
+        kept = [line for line in map(_parsed, old) if line and line["step"] <= step
+                and (validated or line["step"] < step or not line["kind"].startswith(SCORES))]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._history = path.open("ab", buffering=0)
         self._unwritten, self._full = b"", False

@@ -89,3 +89,18 @@ def test_a_board_that_cannot_be_written_is_left(tmp_path: Path, caplog: pytest.L
     assert rows(tmp_path) == [1, 2]
     [record] = caplog.records
     assert "no more curves and pictures" in record.message
+
+
+def test_a_validation_that_is_done_again_is_said_once(tmp_path: Path) -> None:
+    """Where the checkpoint was written because the run was asked to stop while it validated."""
+    log = RunLog(tmp_path, 0)
+    for step in (1, 2):
+        log.steps(step, {"loss": [float(step)]})
+        log.scalars("validation", step, {"loss": 10.0 * step})
+    log.close()
+    RunLog(tmp_path, 2).close()
+    assert rows(tmp_path) == [1, 10, 2, 20]
+    RunLog(tmp_path, 2, validated=False).close()
+    assert rows(tmp_path) == [1, 10, 2]
+    RunLog(tmp_path, 1).close()
+    assert rows(tmp_path) == [1, 10]
