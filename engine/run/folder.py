@@ -77,6 +77,8 @@ def _lock(folder: Path) -> BinaryIO:
 
 def _claim(folder: Path, config: Config, restart: bool, data: Mapping[str, Any]) -> None:
     path, about = folder / "config.yaml", folder / "data.json"
+    for part in (*folder.glob(".*.part"), *folder.glob("weights/.*.part")):  # left by a run that was killed
+        part.unlink()
     if restart:
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():

@@ -50,6 +50,19 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_it(tmp_path: Path) -> Non
         assert (folder / LOCK).read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
 
 
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder = config(tmp_path).run_folder
+    parts = folder / "weights" / ".last.safetensors.77.part", folder / ".config.yaml.77.part"
+    kept = folder / "weights" / "last.safetensors", folder / ".notes"
+    parts[0].parent.mkdir(parents=True)
+    for path in (*parts, *kept):
+        path.touch()
+    lock = claim(folder, config(tmp_path), False, DATA)
+    assert lock is not None
+    lock.close()
+    assert not any(path.exists() for path in parts) and all(path.exists() for path in kept)
+
+
 def test_a_recipe_claims_its_folder_and_no_other_does(tmp_path: Path) -> None:
     mine = config(tmp_path)
     folder = mine.run_folder
