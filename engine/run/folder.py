@@ -44,15 +44,19 @@ def claim(folder: Path, config: Config, restart: bool, data: Mapping[str, Any]) 
 
     Raises ConfigError where another process trains in it, where it holds a run of another recipe, or one that was begun
     on data of another exactness (`data.path` itself may change, between the TIFFs and a lossless store for instance),
-    and where not all ranks see the same folder.
+    where the folder cannot be written, and where not all ranks see the same one.
     """
     lock = None
     with together():
         if rank() == 0:
             if restart and folder.exists() and not (folder / "config.yaml").exists():
                 raise ConfigError(f"{folder} is not a run's folder; --restart does not delete it")
-            lock = _lock(folder)
-            _claim(folder, config, restart, data)
+            try:
+                lock = _lock(folder)
+                _claim(folder, config, restart, data)
+            except OSError as error:
+                raise ConfigError(f"{folder}: cannot be written ({error.strerror}); make room on its disk, make it "
+                                  f"writable, or set run.folder") from None
     _seen_by_all(folder)
     return lock
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.base.distributed import rank
+from engine.base.errors import EngineError
 from engine.base.files import write_text
 from engine.base.texts import parse_json
 
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 class RunLog:
     def __init__(self, folder: Path, step: int, validated: bool = True):
         """`step`: the checkpoint's, 0 for a new run; what was logged after it is dropped.  validated: whether it was
-        saved after its step's validation, if there is one, and not because the run was asked to stop before."""
+        saved after its step's validation, if there is one, and not because the run was asked to stop before.
+
+        Raises EngineError where the folder cannot be written.
+        """
         self._history = None
         if rank() != 0:
             return
@@ -36,12 +40,17 @@ class RunLog:
         old = path.read_bytes().splitlines() if path.exists() else []
         kept = [line for line in map(_parsed, old) if line and line["step"] <= step
                 and (validated or line["step"] < step or not line["kind"].startswith(SCORES))]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._history = path.open("ab", buffering=0)
-        self._unwritten, self._full = b"", False
         self._board: Any = None
         self._others_fail, threading.excepthook = threading.excepthook, self._thread_failed
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        try:
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._history = path.open("ab", buffering=0)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            threading.excepthook = self._others_fail
+            raise EngineError(f"{folder}: cannot be written ({error.strerror}); make room on its disk, and the same "
+                              f"command goes on from there") from None
+        self._unwritten, self._full = b"", False
 
     def steps(self, first: int, columns: dict[str, list[float]]) -> None:
         """One history line a step from step `first` on; the mean of each column goes to TensorBoard."""
@@ -121,6 +130,6 @@ class RunLog:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         found = parse_json(line)
-        return found if isinstance(found["step"], int) else None
+        return found if isinstance(found["step"], int) and isinstance(found["kind"], str) else None
     except (ValueError, KeyError, TypeError):  # the line that a kill cut off
         return None

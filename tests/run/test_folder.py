@@ -63,6 +63,15 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     assert not any(path.exists() for path in parts) and all(path.exists() for path in kept)
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine.run.folder.write_text", full)
+    with pytest.raises(ConfigError, match=r"run: cannot be written \(No space left on device\); make room on its disk"):
+        claim(config(tmp_path).run_folder, config(tmp_path), False, DATA)
+
+
 def test_a_recipe_claims_its_folder_and_no_other_does(tmp_path: Path) -> None:
     mine = config(tmp_path)
     folder = mine.run_folder

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from engine.base.errors import EngineError
 from engine.run.log import RunLog
 
 
@@ -89,6 +90,15 @@ def test_a_board_that_cannot_be_written_is_left(tmp_path: Path, caplog: pytest.L
     assert rows(tmp_path) == [1, 2]
     [record] = caplog.records
     assert "no more curves and pictures" in record.message
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine.run.log.write_text", fail)
+    with pytest.raises(EngineError, match="cannot be written .No space left on device.; make room on its disk"):
+        RunLog(tmp_path, 0)
 
 
 def test_a_validation_that_is_done_again_is_said_once(tmp_path: Path) -> None:
