@@ -331,6 +331,7 @@ READERS = {  # where in engine/ and kernels/ something is read -> its doors
     "engine/model/backbones.py:_encoder_shapes": "a name that timm knows, without weights",
     "engine/model/tensors.py:_head": ["weights .pth", "weights .safetensors"],
     "engine/model/tensors.py:_from_safetensors": ["weights .safetensors"],
+    "engine/model/tensors.py:_compare": ["weights .safetensors"],
     "engine/model/tensors.py:read_metadata": ["run folder's weights"],
     "engine/model/unpickle.py:TorchZip.__init__": ["weights .pth"],
     "engine/model/weights.py:_architecture": ["weights .safetensors"],

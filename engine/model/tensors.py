@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import WeightsError
 from engine.base.files import atomic_write
+from engine.base.texts import parse_json
 from engine.model.unpickle import Inert, TensorNote, TorchZip
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
 
 DEEPEST = 100  # modules in modules
+
+CHECKSUM = "crc32"  # the text of a sealed file that holds it
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
                torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -32,9 +36,10 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors of a weights file by name, on the CPU, and what the file says about itself.
 
-    Accepts safetensors; a `torch.save` zip of a state dict, of a dict that holds one under "state_dict", "model" or
-    "module", or of a whole module.  The second result: a safetensors file's metadata; or `args` (a saved
-    argparse.Namespace as a dict) and `name` (a pickled module's attribute), as far as present.
+    Accepts safetensors, compared with the checksum that sealed ones hold; a `torch.save` zip of a state dict, of a dict
+    that holds one under "state_dict", "model" or "module", or of a whole module.  The second result: a safetensors
+    file's metadata; or `args` (a saved argparse.Namespace as a dict) and `name` (a pickled module's attribute), as far
+    as present.
     Raises WeightsError, naming the file and the remedy.
     """
     path = Path(path)
@@ -69,9 +74,11 @@ def _head(path: Path) -> bytes:
         return handle.read(9)
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> str:
+def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str],
+                  sealed: bool = False) -> str:
     """Write tensors and texts as one safetensors file; atomic, and the same bytes for the same content.  Returns the
-    SHA-256 of what was meant to be written, in hexadecimal.
+    SHA-256 of what was meant to be written, in hexadecimal.  sealed: with a checksum among the texts: the format itself
+    has none, and a flipped bit would be another weight.
 
     Tensor by tensor, where the library would first put the whole file together in memory and stop all threads for it
     (1.4 s for the real model here).  Format: https://github.com/huggingface/safetensors#format.
@@ -82,7 +89,9 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: 
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    if sealed:
+        header["__metadata__"][CHECKSUM] = _checksum(header, (_bytes(tensor) for _, tensor in ordered))
+    text = _json(header)
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with atomic_write(path) as handle:
@@ -93,17 +102,47 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], texts: 
 
         put(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
-            put(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy())
+            put(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _json(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _checksum(header: Mapping[str, Any], parts: Iterable[Any]) -> str:
+    """CRC-32, in hexadecimal, of all that a file says beside it: header and tensors' bytes."""
+    texts = {name: text for name, text in header["__metadata__"].items() if name != CHECKSUM}
+    crc = zlib.crc32(_json({**header, "__metadata__": texts}))
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
+
+
+def _compare(path: Path, said: str) -> None:
+    """Raises WeightsError where a file is not as it was sealed."""
+    with path.open("rb") as handle:
+        header = parse_json(handle.read(int.from_bytes(handle.read(8), "little")))
+        found = _checksum(header, iter(lambda: handle.read(1 << 22), b""))
+    if found != said:
+        raise WeightsError(f"{path}: damaged (its checksum is {found}, and {said} was written); copy or download it "
+                           f"again")
 
 
 def _from_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
-            return _unwrapped(tensors), dict(handle.metadata() or {})
+            texts = dict(handle.metadata() or {})
     except SafetensorError as error:
         raise WeightsError(f"{path}: truncated or damaged ({error}); copy or download it again") from error
+    if CHECKSUM in texts:
+        _compare(path, texts.pop(CHECKSUM))
+    return _unwrapped(tensors), texts
 
 
 def _from_torch_zip(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -39,7 +39,7 @@ def save_weights(path: str | Path, weights: nn.Module | Mapping[str, Tensor], ar
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     write_tensors(path, {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()},
-                  {**(extra or {}), "architecture": json.dumps(dict(architecture))})
+                  {**(extra or {}), "architecture": json.dumps(dict(architecture))}, sealed=True)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", backbone: str | None = None) -> BiomassUNet:
@@ -89,12 +89,17 @@ def identify(path: str | Path) -> dict[str, str]:
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Load `state` into `model`; WeightsError lists the first tensors that do not fit and names `source`."""
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    wanted = {name: list(tensor.shape) for name, tensor in own.items()}
     problems = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],
         "of another shape": [f"{name} ({list(state[name].shape)} in the file, {shape} in the model)"
                              for name, shape in wanted.items() if name in state and list(state[name].shape) != shape],
+        "of another kind": [f"{name} ({state[name].dtype} in the file, {tensor.dtype} in the model)"
+                            for name, tensor in own.items() if name in state and (
+                                state[name].is_floating_point() != tensor.is_floating_point()
+                                or state[name].is_complex())],
     }
     said = [f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
             for what, names in problems.items() if names]

@@ -154,6 +154,13 @@ def test_weights_that_do_not_fit(model: BiomassUNet, tmp_path: Path) -> None:
         load_model(tmp_path / "w.safetensors")
 
 
+def test_integers_are_no_weights(model: BiomassUNet) -> None:
+    state = dict(model.state_dict())
+    state["segmentation_head.bias"] = state["segmentation_head.bias"].to(torch.int32)  # of as many bytes
+    with pytest.raises(WeightsError, match=r"1 of another kind: segmentation_head.bias \(torch.int32 in the file"):
+        fill(model, state, "somewhere")
+
+
 # --- damage and files of other kinds ----------------------------------------------------------------------------------
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
@@ -186,8 +193,26 @@ def test_weights_of_something_else(tmp_path: Path) -> None:
         read_weights(tmp_path / "absent.pth")
 
 
+def test_a_flipped_bit_is_seen_where_we_wrote_the_file(model: BiomassUNet, tmp_path: Path) -> None:
+    """Of the header and of a tensor; others' files have no checksum, and are taken."""
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, model.config(), {"step": "12"})
+    whole = path.read_bytes()
+    assert read_tensors(path)[1].keys() == {"step", "architecture"}
+    for place in (whole.index(b'"12"') + 1, len(whole) - 1, len(whole) // 2):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(WeightsError, match=r"w.safetensors: damaged \(its checksum is \w+, and \w+ was written\)"):
+            load_model(path)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, path, {"architecture": json.dumps(ARCHITECTURE)})
+    load_model(path)
+
+
 def test_damaged_metadata(model: BiomassUNet, tmp_path: Path) -> None:
-    for said in ("{", "{}", "3"):
+    others = [{"decoder_channels": [48, 40, 32, 24, 0.5]}, {"decoder_channels": [[48], 40, 32, 24, 16]}, {"tile": True},
+              {"in_channels": 10**30}, {"in_channels": "15"}, {"backbone": 5}]
+    for said in ("{", "{}", "3", *(json.dumps({**ARCHITECTURE, **other}) for other in others)):
         save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors",
                   {"architecture": said})
         with pytest.raises(WeightsError, match="metadata 'architecture' is damaged"):
