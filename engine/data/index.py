@@ -149,8 +149,13 @@ def _open_store(root: Path) -> Index:
             chips.append(Chip(entry["id"], entry["split"], dataset, months, folder, label, path))
     except (KeyError, TypeError):
         raise _damaged(root / chip_file.MANIFEST) from None
-    if any(len(have) != dataset.months for chip in chips for have in chip.months):
+    listed = {chip.packed.name for chip in chips if chip.packed is not None}
+    if len(listed) < len(chips) or any(len(have) != dataset.months for chip in chips for have in chip.months):
         raise _damaged(root / chip_file.MANIFEST)
+    more = sorted(name for name in there - listed if name.endswith(chip_file.SUFFIX) and not name.startswith("."))
+    if more:
+        raise DataError(f"{folder / more[0]}: is not in {chip_file.MANIFEST}, nor are {len(more) - 1} more; run "
+                        f"`launch/prepare.py pack` again, it writes {chip_file.MANIFEST} anew, or move them away")
     return Index(root, dataset, tuple(chips))
 
 

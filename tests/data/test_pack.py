@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,6 +196,32 @@ def test_a_missing_or_swapped_chip_is_seen(stores: dict[bool, Path], tmp_path: P
     assert [problem.path for problem in verify_store(copy)] == [other]
     other.unlink()
     with pytest.raises(DataError, match=f"{other.name}: is in manifest.json but not on disk"):
+        open_index(copy)
+
+
+def test_a_manifest_that_tells_of_other_files(stores: dict[bool, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(stores[False], copy)
+    path, chip = copy / chip_file.MANIFEST, open_index(copy).chips[0]
+    assert verify_store(copy) == [] and chip.packed is not None
+    whole = json.loads(path.read_text())
+    entry, *rest = whole["chips"]
+
+    def with_chips(*entries: dict[str, Any]) -> None:
+        path.write_text(json.dumps({**whole, "chips": entries}))
+
+    with_chips({**entry, "crc32": entry["crc32"] ^ 1}, *rest)
+    [problem] = verify_store(copy)
+    assert problem.path == chip.packed and "is not the file that manifest.json tells of" in problem.what
+    for changed in ({"split": "test"}, {"label": None}):
+        with_chips({**entry, **changed}, *rest)
+        with pytest.raises(DataError, match=f"{chip.packed.name}: holds other months .* or is of another split"):
+            open_source([chip]).stack(open_index(copy).chips[0])
+    with_chips(entry, entry, *rest)
+    with pytest.raises(DataError, match="manifest.json: is damaged"):
+        open_index(copy)
+    with_chips(*rest)
+    with pytest.raises(DataError, match=f"{chip.packed.name}: is not in manifest.json, nor are 0 more; run"):
         open_index(copy)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from engine.base.errors import ConfigError, DataError
 from engine.base.files import atomic_write, write_text
 from engine.data.dataset import LABEL_DTYPE, Dataset
-from engine.data.index import Chip, Index, is_store, open_index
+from engine.data.index import Chip, Index, is_store, open_index, read_manifest
 from engine.data.metadata import Problem, Published
 from engine.data.store import chip_file
 from engine.data.store.source import PackedSource
@@ -107,15 +107,18 @@ def encode_chip(chip: str, split: str, dataset: Dataset, files: Mapping[str, byt
 
 
 def verify_store(root: Path, workers: int = 4, progress: Callable[[int], None] | None = None) -> list[Problem]:
-    """Check every byte of a store.  `progress` is called with 1 after each chip."""
+    """Check every byte of a store, and its manifest against it.  `progress` is called with 1 after each chip."""
     index = open_index(root)
+    said = {entry["id"]: entry for entry in read_manifest(root)["chips"]}
 
     def one(chip: Chip) -> Problem | None:
         assert chip.packed is not None
         try:
-            chip_file.verify_file(chip.packed)
+            head = chip_file.verify_file(chip.packed)
         except DataError as error:
             return Problem(chip.packed, str(error).removeprefix(f"{chip.packed}: "))
+        if _entry(head) != said[chip.id]:
+            return Problem(chip.packed, f"is not the file that {chip_file.MANIFEST} tells of; {chip_file.REMEDY}")
         return None
 
     return [problem for problem in _parallel(one, index, workers, progress) if problem is not None]

@@ -201,8 +201,9 @@ class _Open:
             raise DataError(f"{self.path}: is of data set {head.dataset.name!r} as it was described then, the store of "
                             f"{self.source.dataset.name!r}; {chip_file.REMEDY}")
         there = tuple(tuple(bool(month) for month in row) for row in head.months)
-        if there != self.chip.months:
-            raise DataError(f"{self.path}: holds other months than {chip_file.MANIFEST} says; {chip_file.REMEDY}")
+        if (there, head.split, head.label is None) != (self.chip.months, self.chip.split, self.chip.label is None):
+            raise DataError(f"{self.path}: holds other months than {chip_file.MANIFEST} says, or is of another split, "
+                            f"with or without a label; {chip_file.REMEDY}")
         if self.source.need_target and head.label is not None and head.label["mean"] is None:
             raise DataError(f"{self.path}: {ALL_NODATA}")
         return head._replace(sources={})  # thousands of heads stay in memory
