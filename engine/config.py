@@ -17,16 +17,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from engine.base.errors import ConfigError
 from engine.base.files import place
 from engine.base.texts import parse_yaml, read_yaml
+from engine.base.values import AsSaid
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NotNegative = Annotated[int, Field(ge=0, lt=2**32)]  # seeds: NumPy takes no more
+Few = Annotated[int, Field(gt=0, le=1024)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]  # of a folder or file; never `..`
 Place = Annotated[str, AfterValidator(place)]  # of a file or folder
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+class Section(AsSaid, BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -65,10 +67,10 @@ class Data(Section):
     backend: Literal["auto", "cpu", "gpu"] = "auto"  # where batches are made; auto: where the model is
     # Threads of a host, shared by its ranks; auto: one a core, at most 8 a rank.  Readers read files ahead and decode
     # packed stores on a CPU; threads are of DALI's CPU operators (TIFFs and lossless stores)
-    readers: Positive | Literal["auto"] = "auto"
-    threads: Positive | Literal["auto"] = "auto"
-    prefetch: Positive = 2  # batches prepared ahead
-    cache_gb: Annotated[float, Field(ge=0)] = 0.0  # memory, of each rank, to keep stored chips in
+    readers: Few | Literal["auto"] = "auto"
+    threads: Few | Literal["auto"] = "auto"
+    prefetch: Few = 2  # batches prepared ahead
+    cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 0.0  # memory, of each rank, to keep stored chips in
     # quarantine: check all before the first step and leave bad ones out; replace those of training that turn bad later
     bad_chips: Literal["fail", "quarantine"] = "fail"
     verify: bool = False  # check sizes and checksums of every file before the first step
@@ -92,7 +94,7 @@ class Augment(Section):
 
 class Model(Section):
     backbone: str = "tf_efficientnetv2_l.in21k"  # any timm model with features_only
-    decoder_channels: list[Positive] = [384, 368, 352, 336, 320]
+    decoder_channels: list[Annotated[int, Field(gt=0, le=1 << 14)]] = [384, 368, 352, 336, 320]
     pretrained: bool | Place = False  # true: timm's weights from its hub; a path: a local file of them
     attention: Literal["auto", "triton", "compile", "reference"] = "auto"  # which month attention; see kernels/
     skip_dropped_months: bool = True  # the encoder sees kept months only; false: the winner's way
@@ -139,7 +141,7 @@ class Hang(Section):
 
 
 class Train(Section):
-    global_batch: Positive = 16  # chips a step, over all ranks
+    global_batch: Annotated[int, Field(gt=0, le=1 << 20)] = 16  # chips a step, over all ranks
     # Chips a rank and forward pass, which is also what BatchNorm sees as one batch; the global batch is made of as many
     # as it takes.  auto: all of a rank's share, or as much of it as fits into memory
     micro_batch: Positive | Literal["auto"] = "auto"

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from engine.base.errors import DataError
 from engine.base.texts import parse_json, read_yaml
+from engine.base.values import AsSaid
 
 BUILT_IN = Path(__file__).with_name("datasets")
 FILE = "dataset.yaml"  # a data folder's own description
@@ -35,7 +36,7 @@ Numbers = tuple[float, ...]
 Dtype = Literal["uint8", "uint16", "int16", "float32"]
 
 
-class Section(BaseModel):
+class Section(AsSaid):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     # By fields: pydantic would also compare the arrays that are kept beside them

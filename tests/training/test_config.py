@@ -61,6 +61,12 @@ def test_extends_and_overrides(tmp_path: Path) -> None:
     ("data: {path: x, split: {fold: 10}}", "fold 10 does not exist in 10 folds: give 0..9"),
     ("data: {path: x, split: {path: y}}", "path belongs to scheme 'file'"),
     ("data: {path: x}\nphases: [{epochs: 1}, {epochs: 2}]", "names must differ"),
+    ("data: {path: x}\ntrain: {micro_batch: true}", "train: micro_batch is True, where a number belongs"),
+    ("data: {path: x}\noptimizer: {betas: [0.9, true]}", "optimizer: betas is True, where a number belongs"),
+    ("data: {path: x}\naugment: {rot90: 1}", "augment: rot90 is 1, where true or false belongs"),
+    ("data: {path: x}\noptimizer: {lr: .inf}", r"optimizer.lr: .*finite number \(found inf\)"),
+    ("data: {path: x}\noptimizer: {lr: 1e400}", "optimizer.lr: .*finite number"),
+    (f"data: {{path: x}}\ntrain: {{global_batch: {10**30}}}", "train.global_batch: .*less than or equal to 1048576"),
     ("[1, 2]", "a recipe is a mapping"), ("a: [", "not a YAML file"),
 ])
 def test_bad_recipes_name_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:
