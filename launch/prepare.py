@@ -177,8 +177,13 @@ def run_verify(args: argparse.Namespace) -> int:
     if problems:
         raise DataError(f"{len(problems)} of {len(files)} files in {args.data} differ from what was published; "
                         f"download them again")
-    print(f"{len(files)} files are as published")
+    unchecked = sum(file.cksum is None for file in files)
+    print(f"{len(files)} files are as published" + unpublished(unchecked))
     return 0
+
+
+def unpublished(files: int) -> str:
+    return f"; {files} have no published checksum, at most their length was compared" if files else ""
 
 
 def run_download(args: argparse.Namespace) -> int:
@@ -214,8 +219,7 @@ def run_download(args: argparse.Namespace) -> int:
                             f"again, try another --region, or leave their chips out with --chips FILE")
         place.finish()
     unchecked = sum(file.cksum is None for file in files)
-    print(f"{len(files)} files in {folder} are as published, {len(todo)} of them new"
-          + (f"; {unchecked} have no published checksum, only their length was compared" if unchecked else ""))
+    print(f"{len(files)} files in {folder} are as published, {len(todo)} of them new{unpublished(unchecked)}")
     return 0
 
 
