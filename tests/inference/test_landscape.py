@@ -503,7 +503,8 @@ def test_zones_in_longitude_and_latitude(make: Make, tmp_path: Path) -> None:
     ("{", "cannot be read"), ("[" * 100_000, "cannot be read"), ("[]", "is no GeoJSON"),
     ('{"type": "FeatureCollection", "features": []}', "holds no polygon; give some, or leave --zones out"),
     ('{"type": "Polygon", "coordinates": [[]]}', "is no GeoJSON"),
-    (f'{{"type": "Polygon", "coordinates": [[[1{"0" * 400}, 1], [2, 2], [3, 3]]]}}', "is no GeoJSON"),
+    (f'{{"type": "Polygon", "coordinates": [[[1{"0" * 400}, 1], [2, 2], [1{"0" * 400}, 1]]]}}', "is no GeoJSON"),
+    ('{"type": "Polygon", "coordinates": [[[1, 1], [2, 2], [3, 1], [2, 1]]]}', "zone 1 has a ring that is not closed"),
     ('{"type": "Feature"}', "is no GeoJSON"),
     ('{"type": "Point", "coordinates": [0, 0]}', "zone 1 is a Point; give polygons"),
     (json.dumps(polygon(200, 100, 400)), "lies outside of the map")])  # metres, said to be degrees

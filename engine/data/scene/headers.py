@@ -97,8 +97,8 @@ def moved(crs: Any, to: Any, bounds: tuple[float, float, float, float],
     return found
 
 
-def make_grid(path: Path, first: Header, keys: GridKeys, dataset: Dataset) -> Grid:
-    """The grid of the scene at `path`, whose first raster has the header `first`.
+def make_grid(path: Path | str, first: Header, keys: GridKeys, dataset: Dataset) -> Grid:
+    """The grid of the scene at `path`, as errors name it, whose first raster has the header `first`.
 
     Raises DataError where it is empty, in degrees, or of other pixels than the data set's.
     """
@@ -124,7 +124,7 @@ def make_grid(path: Path, first: Header, keys: GridKeys, dataset: Dataset) -> Gr
     return grid
 
 
-def _asked(path: Path, crs: Any, first: Header, keys: GridKeys, dataset: Dataset) -> Grid:
+def _asked(path: Path | str, crs: Any, first: Header, keys: GridKeys, dataset: Dataset) -> Grid:
     resolution = keys.resolution or dataset.pixel_metres / crs.linear_units_factor[1]
     bounds = keys.bounds or (first.bounds if crs == first.crs else moved(first.crs, crs, first.bounds, path))
     west, south, east, north = bounds

@@ -234,13 +234,15 @@ def _scene(path: Path, dataset: Dataset, images: Mapping[tuple[int, int], Image]
             if raster.path not in headers:
                 headers[raster.path] = read_header(raster.path)
             _check(raster, headers[raster.path], dataset.sensors[number])
-    grid = make_grid(path, next(iter(headers.values())), keys, dataset)
+    first = next(iter(headers))  # whose the grid is, and so its mistakes
+    grid = make_grid(f"{path}, whose first raster is {first}", headers[first], keys, dataset)
     boxes: dict[Path, Box] = {}
     for file, header in headers.items():
         box = extent(header, grid, file)
         if box is None:
             raise DataError(f"{file}: lies beside the scene's grid: {box_text(header.bounds)} in {header.crs}, the "
-                            f"grid {box_text(grid.bounds)} in {grid.crs}; take it out, or set grid in the scene")
+                            f"grid {box_text(grid.bounds)} in {grid.crs}; take it out, set grid in the scene, or see "
+                            f"whether the place of the first raster is right, {first}")
         boxes[file] = box
     extents = {key: _around([boxes[raster.path] for part in image for raster in part]) for key, image in images.items()}
     return Scene(path, dataset, grid, images, resampling, extents)

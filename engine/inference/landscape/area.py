@@ -120,6 +120,9 @@ def _zone(path: Path, number: int, feature: dict[str, Any], crs: Any, grid: Grid
                     feature.get("id", number)))
     if shape["type"] not in ("Polygon", "MultiPolygon"):
         raise DataError(f"{path}: zone {name} is a {shape['type']}; give polygons")
+    for polygon in [shape["coordinates"]] if shape["type"] == "Polygon" else shape["coordinates"]:
+        if any(ring[0] != ring[-1] for ring in polygon):  # GDAL would close it by itself
+            raise DataError(f"{path}: zone {name} has a ring that is not closed: its last position has to be its first")
     outside = (f"{path}: zone {name} lies outside of the map; take it out, or see whether its coordinates are in "
                f"{crs.to_string()}")
     try:
