@@ -27,7 +27,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Raises ValueError: no YAML, a tag other than of plain values, or more than MOST_VALUES."""
+    """Raises ValueError: no YAML, a tag other than of plain values, a key twice, or more than MOST_VALUES."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -63,8 +63,19 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
         return 1
     if id(node) not in known:
         known[id(node)] = -1
+        if isinstance(node, yaml.MappingNode):
+            _distinct([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         known[id(node)] = 1 + sum(_values(part, known) for part in parts)
     if known[id(node)] < 0:
         raise ValueError("an alias stands in what it names")
     return known[id(node)]
+
+
+def _distinct(keys: list[yaml.ScalarNode]) -> None:
+    """PyYAML would take the last, in silence."""
+    seen = set()
+    for key in keys:
+        if (key.tag, key.value) in seen:
+            raise ValueError(f"line {key.start_mark.line + 1}: {key.value[:80]!r} is given twice; leave one out")
+        seen.add((key.tag, key.value))

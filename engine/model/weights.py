@@ -157,8 +157,9 @@ def _architecture(file: Path, state: Mapping[str, Tensor], about: Mapping[str, A
 def _believable(file: Path, state: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
     """Raises ValueError where a file's words ask for another model than its tensors are of, however large."""
     stems = {tensor.shape[1] for name, tensor in state.items() if name.startswith(ENCODER) and tensor.ndim == 4}
+    tile = said["tile"]
     if not isinstance(said["backbone"], str) or said["decoder_channels"] != _decoder_channels(file, state) \
-            or said["in_channels"] not in stems or said["tile"] not in range(1, LARGEST_TILE + 1):
+            or said["in_channels"] not in stems or type(tile) is not int or not 0 < tile <= LARGEST_TILE:
         raise ValueError("it is not what the tensors are of")
 
 

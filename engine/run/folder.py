@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from engine.base.errors import ConfigError
 from engine.base.files import write_text
 from engine.base.texts import read_json, read_yaml
 from engine.config import Config
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LATE = 10.0  # seconds that a network disk may take to show a new file to other hosts
@@ -135,14 +138,20 @@ def _begun_on(path: Path) -> dict[str, Any] | None:
     """None where the run does not say: it was killed as it began, or the file was damaged."""
     try:
         found = read_json(path)
-    except (OSError, ValueError):
+        if isinstance(found, dict) and "values" in found:
+            return found
+        why = "says nothing of it"
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) and "values" in found else None
+    except (OSError, ValueError) as error:
+        why = str(error)
+    log.warning(f"{path}: is damaged ({why}): what data the run was begun on is taken to be as now")
+    return None
 
 
 def _differences(old: Any, new: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
+        for key in sorted({*old, *new}, key=str):
             yield from _differences(old.get(key), new.get(key), (*at, str(key)))
     elif old != new:
         yield at

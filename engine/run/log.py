@@ -37,8 +37,10 @@ class RunLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         path = folder / "history.jsonl"
-        old = path.read_bytes().splitlines() if path.exists() else []
-        kept = [line for line in map(_parsed, old) if line and line["step"] <= step
+        old = list(map(_parsed, path.read_bytes().splitlines())) if path.exists() else []
+        if None in old:  # the last may have been cut off by a kill
+            log.warning(f"{path}: {old.count(None)} of its {len(old)} lines cannot be read, and are left out")
+        kept = [line for line in old if line and line["step"] <= step
                 and (validated or line["step"] < step or not line["kind"].startswith(SCORES))]
         self._board: Any = None
         self._others_fail, threading.excepthook = threading.excepthook, self._thread_failed
@@ -131,5 +133,5 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         found = parse_json(line)
         return found if isinstance(found["step"], int) and isinstance(found["kind"], str) else None
-    except (ValueError, KeyError, TypeError):  # the line that a kill cut off
+    except (ValueError, KeyError, TypeError):
         return None

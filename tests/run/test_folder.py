@@ -106,6 +106,28 @@ def test_what_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
                                               "train": {"timeout_s": 60, "global_batch": 4}}, "a test"), False, DATA)
 
 
+@pytest.mark.parametrize(("text", "why"), [("{", "Expecting"), ("[]", "says nothing of it"), ('{"x": 1}', "says no")])
+def test_what_a_run_was_begun_on_is_damaged(tmp_path: Path, text: str, why: str,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    mine = config(tmp_path)
+    for damaged in (False, True):
+        lock = claim(mine.run_folder, mine, False, DATA)
+        assert lock is not None
+        lock.close()
+        said = [record.message for record in caplog.records]
+        assert len(said) == damaged and all(f"data.json: is damaged ({why}" in line for line in said)
+        (mine.run_folder / "data.json").write_text(text)
+
+
+@pytest.mark.parametrize("text", ["[", "null: 1\nx: 2", "a: 1\na: 2", "5"])
+def test_the_recipe_of_a_run_is_damaged(tmp_path: Path, text: str) -> None:
+    mine = config(tmp_path)
+    mine.run_folder.mkdir()
+    (mine.run_folder / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.yaml: cannot be read|holds a run of another recipe"):
+        claim(mine.run_folder, mine, False, DATA)
+
+
 def test_a_restart_does_not_empty_a_folder_that_is_no_run(tmp_path: Path) -> None:
     mine = config(tmp_path)
     mine.run_folder.mkdir()

@@ -80,6 +80,17 @@ def test_a_board_whose_thread_fails_is_left(tmp_path: Path, monkeypatch: pytest.
     assert "no more curves and pictures" in record.message and bugs == [ZeroDivisionError]
 
 
+def test_lines_that_cannot_be_read_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = '{"kind": "step", "step": 1, "loss": 1.0}'
+    for bad, lines in ((b"", 0), (b"\xff", 1), (b'{"kind": "step", "st', 1), (b"[]\n5\nnull", 3)):
+        (tmp_path / "history.jsonl").write_bytes(f"{good}\n".encode() + bad)
+        caplog.clear()
+        RunLog(tmp_path, 9).close()
+        assert rows(tmp_path) == [1]
+        assert [record.message for record in caplog.records] == [
+            f"{tmp_path}/history.jsonl: {lines} of its {lines + 1} lines cannot be read, and are left out"][:lines]
+
+
 def test_a_board_that_cannot_be_written_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = RunLog(tmp_path, 0)
     log._board.close()
