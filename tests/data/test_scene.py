@@ -584,6 +584,9 @@ def test_rasters_that_do_not_hold(copy: Path) -> None:
     refused("has no CRS or no place")
     write_raster(path, good, crs="")
     refused("has no CRS or no place")
+    for where in (place(float("nan")), place(1e300), rasterio.Affine(10, 10, 0, 10, 10, 0)):
+        write_raster(path, good, transform=where)
+        refused("has no CRS or no place")
     write_raster(path, good, transform=place(50_000))
     refused("lies beside the scene's grid")
     path.write_bytes(b"no raster")

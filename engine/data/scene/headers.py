@@ -17,6 +17,7 @@ from engine.data.scene.grid import Box, Grid
 
 RESOLUTION = 0.01  # relative: how far the grid's pixels may be from what a model was trained on
 LARGEST = 4.1e7  # metres: around the Earth
+FARTHEST = 1e12  # in any unit: what a raster's place is below
 _WHOLE = 1e-3  # pixels: what rounding may move
 
 
@@ -68,7 +69,9 @@ def read_header(path: Path) -> Header:
                            np.dtype(raster.dtypes[0]), raster.nodata)
     except RASTER_ERRORS as error:
         raise DataError(f"{path}: is no raster that GDAL reads ({error}); make it again") from None
-    if found.crs is None or found.transform.is_identity:
+    place = np.array(found.transform)[:6]
+    if found.crs is None or found.transform.is_identity or found.transform.is_degenerate \
+            or not (np.abs(place) < FARTHEST).all():  # NaN fails too
         raise DataError(f"{path}: has no CRS or no place; give it one: gdal_edit.py -a_srs EPSG:… -a_ullr …")
     return found
 
