@@ -137,6 +137,17 @@ def test_folds_of_other_data(sample: Path, tmp_path: Path) -> None:
         chosen()
 
 
+def test_verify_says_what_it_cannot_compare(sample: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(sample, tmp_path / "data", symlinks=True)
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"data.path={tmp_path / 'data'}", "data.verify=true",
+                                                          "data.overfit=true"])
+    assert len(select_chips(config)[0]) == 8 and caplog.records == []
+    (tmp_path / "data" / "train_agbm_metadata.csv").unlink()
+    select_chips(config)
+    assert [record.message.partition(", the")[0] for record in caplog.records] == [
+        f"data.verify: nothing says what 8 files in {tmp_path / 'data'} should hold"]
+
+
 # Packed stores -----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -12,10 +13,12 @@ from engine.base.progress import Progress
 from engine.config import Config
 from engine.data.dataset import load_dataset
 from engine.data.forms import read_label
-from engine.data.index import Chip, is_store, open_index
+from engine.data.index import Chip, Index, is_store, open_index
 from engine.data.metadata import verify
 from engine.data.selection.folds import kfold, load_folds, stratified
 from engine.data.store.pack import verify_store
+
+log = logging.getLogger(__name__)
 
 
 def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
@@ -31,6 +34,9 @@ def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
             raise DataError(f"{index.root}: {len(problems)} of {len(index) if stored else len(index.files)} files "
                             f"differ from what was {'packed' if stored else 'published'}, first {problems[0].path}: "
                             f"{problems[0].what}; {'pack' if stored else 'download'} them again")
+        if unchecked := 0 if stored else _unpublished(index):
+            log.warning(f"data.verify: nothing says what {unchecked} files in {index.root} should hold, the metadata "
+                        f"CSVs have no checksum of them; they are taken as they are")
     chips = {chip.id: chip for chip in index.split("train")}
     if config.data.chips is not None:
         unknown = sorted(set(config.data.chips) - chips.keys())
@@ -50,6 +56,12 @@ def select_chips(config: Config) -> tuple[list[Chip], list[Chip]]:
     held_out = set(_folds(config, chips)[config.data.split.fold])
     return ([chip for chip in chips.values() if chip.id not in held_out],
             [chip for chip in chips.values() if chip.id in held_out])
+
+
+def _unpublished(index: Index) -> int:
+    """How many files of its chips have no published checksum."""
+    known = {file.path for file in index.files if file.cksum is not None}
+    return sum(path not in known for chip in index.chips for path in chip.files)
 
 
 def _folds(config: Config, chips: dict[str, Chip]) -> list[list[str]]:
