@@ -49,7 +49,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if any(word in text for word in ("rasterio", "engine.data.scene", "tests.scenes")) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "faults" not in config.option.markexpr:  # nor by any other -m
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("faults")])
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]  # keywords have the folder's name
     items.sort(key=lambda item: "slow" not in item.keywords)  # workers end together where the last tests are short
     if not torch.cuda.is_available():
         for item in items:

@@ -201,7 +201,10 @@ def load(folder: Path) -> dict[str, Any] | None:
     path = folder / REPORT
     try:
         found = read_json(path)
-        Quarantine(folder, {}, found)
+        for how in found.values():
+            if not isinstance(how, str) and not (how.keys() == {"since_step", "why"} and isinstance(how["why"], str)
+                                                 and type(how["since_step"]) is int and how["since_step"] > 0):
+                raise ValueError(f"{how} does not say since which step and why")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:
