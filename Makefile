@@ -1,12 +1,13 @@
 # make demo         makes .venv, data, a small model and pictures
 # make test         makes .venv, checks style, types and layers, runs the tests, and says what no test ran
+# make faults       kills, damage, full disks, signals, a long run, malformed inputs: all of them (docs/reliability.md)
 # make test-quick   the same without whole runs, the rehearsal, benchmarks and that (tests/README.md)
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_CHIPS ?= 48
 QUICK := $(addprefix tests/,base run data model training inference kernels test_layering.py test_docs.py test_security.py test_outside.py)
 
-.PHONY: install demo test test-quick lint gpu-check clean
+.PHONY: install demo test test-quick faults lint gpu-check clean
 
 install: .venv/.installed
 
@@ -33,6 +34,9 @@ test: lint
 
 test-quick: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20 -m "not slow" $(QUICK)
+
+faults: install
+	nice $(BIN)/python -m pytest -n 2 --dist worksteal -m "faults or slow" tests/faults
 
 gpu-check:
 	failed=0; for call in 1 2 3; do bash benchmarks/gpu_check.sh $$call || failed=1; done; exit $$failed

@@ -121,7 +121,8 @@ class Rank:
 @functools.cache
 def forks() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine.trainer", "engine.inference.predictor"])
+    context.set_forkserver_preload(["engine.trainer", "engine.inference.predictor", "torch.utils.tensorboard.writer",
+                                    "setuptools"])  # which DeepSpeed asks for as it starts
     with mock.patch.dict(os.environ, environment(), clear=True):
         multiprocessing.forkserver.ensure_running()
     return context

@@ -225,12 +225,3 @@ def test_each_batch_of_a_validation_has_its_own_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trainer, "average_statistics", mock.Mock())
     trainer.Trainer._evaluate(mock.Mock(stop=StopFlag(Asked())), None)
     assert {name for _, name in stood} == {"validation"} and len(set(stood)) == 3
-
-
-def test_a_stop_that_reaches_one_rank_saves_on_all(path: Path, tmp_path: Path) -> None:
-    with started(tmp_path / "log", "train", "--config", path, variables=torchrun(2)) as ranks:
-        ranks[0].until(lambda: bool(history(tmp_path / "run")))
-        ranks[1].signal(signal.SIGTERM)
-        assert [rank.wait() for rank in ranks] == [143, 143]
-        assert all("with everything saved" in rank.text() for rank in ranks)
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

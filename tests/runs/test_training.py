@@ -1,4 +1,4 @@
-"""Whole runs through the commands: training, resuming after a kill, two ranks, predicting."""
+"""Whole runs through the commands: training, two ranks, predicting."""
 
 from __future__ import annotations
 
@@ -107,29 +107,6 @@ def kill(path: Path, steps: int, *options: object, before: Callable[[], None] | 
         rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= steps)
         rank.signal(signal.SIGKILL)
         assert rank.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-
-
-@pytest.mark.parametrize("steps_before", [2, 5])
-def test_kill_9_and_the_same_command_again_is_bit_exact(whole: Path, folder: Path, sample: Path,
-                                                         steps_before: int) -> None:
-    path = recipe(folder, sample, f"killed-{steps_before}")
-    kill(path, steps_before)
-    assert len(history(path.with_suffix(""))) < 7
-    out = succeed(forked("train", "--config", path))
-    assert "resumed from" in out or steps_before == 2
-    same_run(whole, path.with_suffix(""))
-
-
-def test_sigterm_saves_and_says_so(folder: Path, sample: Path) -> None:
-    run = folder / "stopped"
-    with started(folder / "log", "train", "--config", recipe(folder, sample, "stopped"), "--set",
-                 "checkpoint.every_steps=null", variables=[{}]) as [rank]:
-        rank.until(lambda: (run / "history.jsonl").exists() and len(history(run)) >= 1)
-        rank.signal(signal.SIGTERM)
-        assert rank.wait() == 143
-        assert "with everything saved" in rank.text() and "same command goes on" in rank.text()
-    [saved] = (run / "checkpoints").iterdir()
-    assert saved.name == f"step-{len(history(run)):08d}"
 
 
 def by(ranks: int, path: Path, *options: object, before: Callable[[], None] | None = None) -> str:
