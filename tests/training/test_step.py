@@ -158,8 +158,22 @@ def test_the_log_names_the_chips_and_counts_what_was_skipped_in_a_row(capsys: py
     assert flush(10, 1.0) == 0 and window.skipped_in_a_row == 0 and not flush(10)
 
 
+def fp16_down_to_1() -> None:
+    """As a scale of 1 from the start: the optimizer is not told of an old one."""
+    squares = []
+    for scale in (1.0, 2.0):
+        engine, step = made(0, precision="fp16")
+        for number, value in enumerate((scale, 1.0)):
+            step._scale.value = value
+            take(step, 3 * number)
+        squares.append(engine.optimizer.state[engine.module.head.weight]["exp_avg_sq"].clone())
+        engine.destroy()
+    torch.testing.assert_close(*squares, rtol=0.01, atol=0)
+
+
 def twice() -> None:
     join("cpu")
+    fp16_down_to_1()
     torch.set_num_threads(2)
     runs = []
     for _ in range(2):
@@ -178,7 +192,7 @@ def twice() -> None:
 
 
 @pytest.mark.slow
-def test_the_same_bits_twice() -> None:
+def test_the_same_bits_twice_and_a_loss_scale_that_comes_down_to_1() -> None:
     process = forks().Process(target=twice)
     process.start()
     process.join(120)

@@ -79,8 +79,8 @@ class Step:
         clip = (self._config.optimizer.clip or float("inf")) * scale
         norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), clip, foreach=True)
         optimizer.found_inf = (~torch.isfinite(norm)).float()
-        if scale != 1.0:
-            optimizer.grad_scale = torch.tensor(scale, device=norm.device)
+        # Said again where fp16's has come down to 1: the optimizer keeps what it was told last
+        optimizer.grad_scale = None if scale == 1.0 else torch.tensor(scale, device=norm.device)
         return norm / scale
 
 
