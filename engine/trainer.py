@@ -370,7 +370,7 @@ class Trainer:
             again = itertools.islice(self._requests(self._step_in_epoch - 1), self.sharding.accumulate)
             left = dump.leave(self.folder / "dump", state.step - 1, self.engine,
                               self._loader(self.sharding.micro_batch, warp=True).batches(again), self.config,
-                              self._notes(), state.loss_scale.value)
+                              self._notes(), self.step.loss_scale)
             raise dump.diverged(left, self.window.skipped_in_a_row)
 
     def _save(self) -> None:

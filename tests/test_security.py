@@ -171,7 +171,7 @@ def _dump(folder: Path, data: bytes, name: str) -> None:
     _put(folder / dump.RECIPE, yaml.safe_dump(load_config(RECIPE).dump()).encode())
     _put(folder / name, data)
     about_, _ = dump._read(folder)
-    dump._batches(folder / "rank-0.safetensors", len(about_.chips[0]))
+    dump._batches(folder / "rank-0.safetensors", about_.chips[0], BIOMASSTERS, torch.bfloat16)
 
 
 def _text(data: bytes) -> str:

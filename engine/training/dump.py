@@ -25,7 +25,7 @@ from engine.base.files import write_text
 from engine.base.texts import read_yaml
 from engine.config import Config, parse_config
 from engine.data.batch import Batch
-from engine.data.dataset import described
+from engine.data.dataset import Dataset, described
 from engine.data.loader import DTYPES
 from engine.model.tensors import read_metadata, read_tensors, write_tensors
 from engine.model.weights import load_model, save_weights
@@ -43,11 +43,12 @@ def leave(folder: Path, step: int, engine: Any, batches: Iterable[Batch], config
     """Write `folder/step-N` on all ranks (a collective).  Returns it.
 
     step: which the batches are of, counted from 0.  notes: of the weights, as a run writes them.
+    Raises EngineError where the disk does not take it.
     """
     path = folder / f"step-{step + 1:08d}"
     state, model = full_state(engine), engine.module.config()
     chips = []
-    with together():
+    with together(), _on_disk(path):
         tensors = {}
         for turn, batch in enumerate(batches):
             images = batch.images.permute(0, 1, 3, 4, 2)  # as they lie in memory
@@ -56,7 +57,7 @@ def leave(folder: Path, step: int, engine: Any, batches: Iterable[Batch], config
             chips.append([chip.id for chip in batch.chips])
         write_tensors(path / f"rank-{rank()}.safetensors", tensors, {})
     chips_of_all = of_all(chips)
-    with together():
+    with together(), _on_disk(path):
         if rank() == 0:
             save_weights(path / MODEL, state, model, notes)
             write_text(path / RECIPE, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
@@ -68,6 +69,16 @@ def leave(folder: Path, step: int, engine: Any, batches: Iterable[Batch], config
                 "versions": {"torch": torch.__version__, "device": str(engine.device)},
             }, indent=1) + "\n")
     return path
+
+
+@contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(f"training has diverged: its last steps had a loss or a gradient that is not finite "
+                          f"(train.not_finite), and {path} cannot be written ({error}); make room, and the same "
+                          f"command comes to it again, or lower optimizer.lr, or set train.precision: fp32") from None
 
 
 def diverged(path: Path, skipped: int) -> EngineError:
@@ -91,11 +102,11 @@ def replay(folder: Path, device: torch.device) -> Iterator[str]:
     loss_of = make_loss(config.loss.name, dataset.target, **config.loss.options)
     yield f"step {about.step} of {config.run.name}, by {len(about.seeds)} ranks"
     for r, (seed, turns) in enumerate(zip(about.seeds, about.chips)):
-        tensors = _batches(folder / f"rank-{r}.safetensors", len(turns))
+        tensors = _batches(folder / f"rank-{r}.safetensors", turns, dataset, DTYPES[config.train.precision])
         torch.manual_seed(seed)
         for turn, chips in enumerate(turns):
             images, dropped, label = (tensors[f"{turn}.{name}"] for name in PARTS)
-            bad = [name for name, values in (("images", images), ("label", label)) if not values.isfinite().all()]
+            bad = [] if images.isfinite().all() else ["images"]  # of a label it is what has no target
             with _first_not_finite(model) as found, _autocast(config, device):
                 prediction = model(images.permute(0, 1, 4, 2, 3).to(device), dropped)
             loss = loss_of(prediction, label.to(device))
@@ -115,7 +126,7 @@ class _About(BaseModel):
 
     step: int
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]]  # of each rank
-    chips: list[list[list[str]]]  # of each rank and micro-batch
+    chips: list[list[Annotated[list[str], Field(min_length=1)]]]  # of each rank and micro-batch
     loss_scale: Annotated[float, Field(gt=0)]
 
 
@@ -129,11 +140,19 @@ def _read(folder: Path) -> tuple[_About, Config]:
     return about, parse_config(recipe, str(folder / RECIPE))
 
 
-def _batches(path: Path, turns: int) -> dict[str, Tensor]:
+def _batches(path: Path, turns: list[list[str]], dataset: Dataset, dtype: torch.dtype) -> dict[str, Tensor]:
+    """PARTS of each micro-batch, of whose chips there are names, as the model takes them."""
     tensors, _ = read_tensors(path)
-    absent = {f"{turn}.{name}" for turn in range(turns) for name in PARTS} - tensors.keys()
-    if absent:
-        raise DataError(f"{path}: has no {min(absent)}: not a rank's batches of this dump; copy the whole folder again")
+    months, side = dataset.months, dataset.tile
+    for turn, chips in enumerate(turns):
+        b = len(chips)
+        wanted = ((b, months, side, side, dataset.channels), dtype), ((b, months), torch.bool), \
+            ((b, side, side), torch.float32)
+        for name, (shape, kind) in zip(PARTS, wanted):
+            found = tensors.get(f"{turn}.{name}")
+            if found is None or found.shape != shape or found.dtype != kind:
+                raise DataError(f"{path}: has no {turn}.{name} of {b} chips: not a rank's batches of this dump; copy "
+                                f"the whole folder again")
     return tensors
 
 

@@ -49,6 +49,7 @@ def test_a_run_that_diverges_leaves_its_last_step(tmp_path: Path, sample: Path, 
     about = json.loads((left / "dump.json").read_text())
     assert [chip for turn in about["chips"][0] for chip in turn] == bad[-1]["chips"]
     assert about["command"].endswith(f"--replay {left}") and "segmentation_head.weight" in about["state"]
+    assert about["loss_scale"] == 1  # that of fp16 alone is another
     assert yaml.safe_load((left / "config.yaml").read_text())["optimizer"]["lr"] == 1e20
 
     lines = list(replay(left, torch.device("cpu")))

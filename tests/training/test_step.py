@@ -166,6 +166,7 @@ def fp16_down_to_1() -> None:
         for number, value in enumerate((scale, 1.0)):
             step._scale.value = value
             take(step, 3 * number)
+            assert step.loss_scale == value
         squares.append(engine.optimizer.state[engine.module.head.weight]["exp_avg_sq"].clone())
         engine.destroy()
     torch.testing.assert_close(*squares, rtol=0.01, atol=0)

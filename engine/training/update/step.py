@@ -38,6 +38,7 @@ class Step:
         self.engine, self._reducer, self._loss = engine, reducer, loss
         self._config, self._sharding, self._scale, self._around = config, sharding, scale, around
         self._statistics = RunningStatistics(engine.module)
+        self.loss_scale = 1.0  # of the last step
 
     def take(self, number: int, batches: Iterable[Batch]) -> Taken:
         """Step `number` of the run, on `Sharding.accumulate` micro-batches."""
@@ -46,7 +47,7 @@ class Step:
         engine, train = self.engine, self._config.train
         losses, chips = [], []
         norm: Tensor | float = 0.0
-        scale = self._scale.value if train.precision == "fp16" else 1.0
+        scale = self.loss_scale = self._scale.value if train.precision == "fp16" else 1.0
         if train.zero_stage and train.precision == "fp16":
             engine.optimizer.override_loss_scale(scale)
         self._statistics.remember()
@@ -86,7 +87,7 @@ class Step:
 
 def seed_of(config: Config, step: int, rank: int) -> int:
     """Of torch's generator, as a rank begins a step."""
-    return (config.run.seed << 40) + (step << 12) + rank
+    return ((config.run.seed << 40) + (step << 12) + rank) % 2**63  # torch takes no larger ones
 
 
 def seen_in_gradient(loss: Tensor) -> Tensor:
