@@ -188,6 +188,15 @@ def test_what_cannot_be_written_down_is_said(tmp_path: Path, caplog: pytest.LogC
     assert "quarantine.json cannot be written ([Errno 28]" in caplog.text and begun.turned["a"].since_step == 6
 
 
+def test_what_was_read_ahead_before_others_told_is_no_news(tmp_path: Path) -> None:
+    """A later step that finds the same chip bad does not move its first."""
+    chip, other = (Chip(name, "train", BIOMASSTERS, ((True,) * T,) * 2, tmp_path, None) for name in "ab")
+    run, ask = Quarantine(tmp_path, {}, None), Request(chip, step=12, others=lambda: iter([other]))
+    run.hear([[News("a", Turned(10, "a.tif: is empty"), "b")]])
+    run.replace(BadChip(ask, DataError("a.tif: is empty")))
+    assert run.turned["a"].since_step == 10 and run.news() is None and run.settled(ask).chip.id == "b"
+
+
 @pytest.mark.parametrize("bad", [MOST, MOST + 1])
 def test_too_many_in_a_row_are_no_chance(bad: int, tmp_path: Path) -> None:
     """The chip itself and those after it."""

@@ -164,6 +164,8 @@ class Quarantine:
         if isinstance(bad.error, GoneError) or chip in self._validating:
             remedy = f"; {_COMPARABLE}" if chip in self._validating else ""
             raise DataError(f"{in_training(bad)}{remedy}")
+        if self._is_bad(chip, step):  # read ahead before others told
+            return
         self.turned[chip] = Turned(step, str(bad))
         self._news.append(News(chip, self.turned[chip], self.settled(request).chip.id))
 
