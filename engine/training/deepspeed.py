@@ -23,6 +23,7 @@ _DERIVED = {
     "scheduler": "phases",
     "zero_allow_untested_optimizer": "nothing: it is always true here",
     "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.compute_grad_norm": "nothing: by the norm a step is known to be finite",
 }
 
 # Gradients travel beside the backward; DeepSpeed's own buckets are of 2 GB, more than all of them
@@ -37,7 +38,8 @@ def deepspeed_config(config: Config, sharding: Sharding) -> dict[str, Any]:
     own = copy.deepcopy(config.deepspeed)
     zero = own.get("zero_optimization") or {}
     for key, instead in _DERIVED.items():
-        if key in own or (key == "zero_optimization.stage" and "stage" in zero):
+        section, _, name = key.rpartition(".")
+        if name in (zero if section else own):
             raise ConfigError(f"deepspeed.{key}: the engine sets this; use {instead}")
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device") == "nvme":

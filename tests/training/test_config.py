@@ -120,7 +120,8 @@ def test_the_deepspeed_config(stage: int) -> None:
 
 
 @pytest.mark.parametrize("block", [{"train_batch_size": 3}, {"bf16": {"enabled": True}}, {"optimizer": {}},
-                                   {"zero_optimization": {"stage": 2}}])
+                                   {"zero_optimization": {"stage": 2}},
+                                   {"zero_optimization": {"compute_grad_norm": False}}])
 def test_what_the_engine_derives_is_refused(block: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"deepspeed\.[\w.]+: the engine sets this; use "):
         deepspeed_config(make(deepspeed=block), Sharding(16))
