@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,18 @@ def keep(engine: Any, ema: Ema, path: Path, step: int) -> None:
         checkpoint.write(path, step, tensors, {"state": {}}, 9)
 
 
+def fail_alone(process: int, ema: Ema, path: Path) -> None:
+    """A rank that fails with the average in place leaves without the others, who may wait for what it has to say."""
+    with suppress(ZeroDivisionError), ema.in_place():
+        if process == 1:
+            raise ZeroDivisionError
+        end = time.monotonic() + 20
+        while not path.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    path.touch()
+
+
 def name(way: tuple[int, int]) -> str:
     return f"{way[0]}-{way[1]}"
 
@@ -110,6 +124,8 @@ def work(process: int, ranks: int, port: str, folder: Path, first: bool) -> None
             keep(engine, ema, folder / name(way), 2)
             losses[name(way)] = train(engine, reducer, ema, 2, 3)
             keep(engine, ema, folder / name(way), 4)
+            if ranks == 2:
+                fail_alone(process, ema, folder / f"left-{way[1]}")
             engine.destroy()
             if way[1] in OFFLOADED:
                 engine, reducer, ema = made(way[1], offloaded=True)

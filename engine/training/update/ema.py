@@ -50,12 +50,11 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        zero = self._engine.optimizer
-        if self._parted:  # what is whole somewhere would not change with its parts
-            zero._partition_all_parameters()
+        # What is whole somewhere would not change with its parts.  Whoever needs it next gathers it: a message here
+        # would keep a rank that fails inside `in_place` from saying so
+        if self._parted:
+            self._engine.optimizer._partition_all_parameters()
         for ours, theirs in zip(self._average, self._tensors()):
             before = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(before)
-        if self._parted and zero.persistent_parameters:  # as after each step
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
