@@ -27,6 +27,7 @@ from engine.config import Config, parse_config
 from engine.data.batch import Batch
 from engine.data.dataset import Dataset, described
 from engine.data.loader import DTYPES
+from engine.model.compilation import checkpoint_regions
 from engine.model.tensors import read_metadata, read_tensors, write_tensors
 from engine.model.weights import load_model, save_weights
 from engine.training.losses import make_loss
@@ -99,6 +100,8 @@ def replay(folder: Path, device: torch.device) -> Iterator[str]:
     dataset = described(read_metadata(folder / MODEL), str(folder / MODEL))
     for_training(model, config, device)
     model.to(device).train()
+    if config.train.checkpoint_activations:  # without it there may be too little memory
+        checkpoint_regions(model)
     loss_of = make_loss(config.loss.name, dataset.target, **config.loss.options)
     yield f"step {about.step} of {config.run.name}, by {len(about.seeds)} ranks"
     for r, (seed, turns) in enumerate(zip(about.seeds, about.chips)):
@@ -163,8 +166,9 @@ def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            outputs = output if isinstance(output, (list, tuple)) else [output]
-            if any(isinstance(o, Tensor) and o.is_floating_point() and not o.isfinite().all() for o in outputs):
+            outputs = [o.detach() for o in (output if isinstance(output, (list, tuple)) else [output])
+                       if isinstance(o, Tensor) and o.is_floating_point()]
+            if not all(o.isfinite().all() for o in outputs):
                 found.append(name or "the model")
         return hook
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from engine.data.batch import Batch
 from engine.data.biomassters import BIOMASSTERS
 from engine.model.tensors import read_tensors, write_tensors
 from engine.model.unet import BiomassUNet
+from engine.training import dump
 from engine.training.dump import leave, replay
 
 DATA = BIOMASSTERS.model_copy(update={"tile": 32})
@@ -44,7 +46,12 @@ def again(folder: Path) -> list[str]:
 def test_what_is_no_target_is_no_fault_and_what_does_not_fit_is_named(tmp_path: Path) -> None:
     """And a seed of eight digits, such as a day, is one that torch takes."""
     path = left(tmp_path)
-    assert "chips a chip: loss " in again(path)[1] and again(path)[1].endswith("; not finite: nothing up to here")
+    lines = again(path)
+    assert "chips a chip: loss " in lines[1] and lines[1].endswith("; not finite: nothing up to here")
+    recipe = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(recipe.replace("checkpoint_activations: false", "checkpoint_activations: true"))
+    with mock.patch.object(dump, "checkpoint_regions", wraps=dump.checkpoint_regions) as less:
+        assert [line.split(",")[0] for line in again(path)] == [line.split(",")[0] for line in lines] and less.called
     batches = path / "rank-0.safetensors"
     whole, _ = read_tensors(batches)
     for name, wrong in {"0.images": whole["0.images"][..., 1:], "0.dropped": whole["0.dropped"].float(),
