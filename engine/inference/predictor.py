@@ -40,14 +40,15 @@ SCALED_BY = 64  # labels that the scatter's axes are chosen by
 def choose_chips(data: Path, split: str, run: Path) -> list[Chip]:
     """The chips of `data` to predict with the weights `run`, whose description `data` is read by if it has none.
 
-    `split`: "train", "test" or "all" of what lies there; "validation": those that `run`, a run folder then, held out;
-    "auto": test chips where there are any, else all.  Raises DataError where that is none.
+    `split`: "train", "test" or "all" of what lies there; "validation": those that `run`, a run folder or one of its
+    weights, held out; "auto": test chips where there are any, else all.  Raises DataError where that is none.
     """
     if split == "validation":
-        recipe = run / "config.yaml"
+        recipe = (run if run.is_dir() else run.parent.parent) / "config.yaml"
         if not recipe.is_file():
-            raise DataError(f"--split validation: {run} is not a run's folder (no config.yaml), so nothing says which "
-                            f"chips were held out; give --weights a run folder, or another --split")
+            raise DataError(f"--split validation: {run} is not a run's folder (no config.yaml), nor in its weights/, "
+                            f"so nothing says which chips were held out; give --weights a run folder, or another "
+                            f"--split")
         try:
             raw = read_yaml(recipe)
             raw["data"]["path"] = str(data)

@@ -14,6 +14,7 @@ import tifffile
 import torch
 from safetensors.torch import load_file
 
+from engine.inference.predictor import choose_chips
 from tests.conftest import ROOT, Command, command_line, environment
 from tests.hosts import forked, started, torchrun
 
@@ -61,7 +62,7 @@ def whole(folder: Path, sample: Path) -> Path:
     return folder / "whole"
 
 
-def test_what_a_run_leaves(whole: Path) -> None:
+def test_what_a_run_leaves(whole: Path, sample: Path) -> None:
     assert [row["step"] for row in history(whole)] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["lr"] for row in history(whole)] == [0.003] * 3 + [0.001] * 4
     assert all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in history(whole))
@@ -71,6 +72,9 @@ def test_what_a_run_leaves(whole: Path) -> None:
     names = {path.name for path in (whole / "weights").iterdir()}
     assert names == {f"{a}{b}{c}.safetensors" for a in ("", "first-", "second-") for b in ("best", "last")
                      for c in ("", "-ema")}
+    held_out = [[chip.id for chip in choose_chips(sample, "validation", weights)]
+                for weights in (whole, whole / "weights" / "best-ema.safetensors")]
+    assert held_out[0] == held_out[1] != []
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000006", "step-00000007"]
     assert (whole / "config.yaml").exists()
     assert "aten::" in (whole / "profile" / "steps-1-3.txt").read_text()
