@@ -136,7 +136,7 @@ class Hang(Section):
     starting: Positive = 1800  # setting up; where chips are checked, one chip
     reading: Positive = 600  # waiting for a micro-batch of the loader
     step: Positive = 1800  # a micro-batch forward and backward; the first of a shape compiles for minutes
-    validation: Positive = 1800  # a batch, in all views
+    validation: Positive = 1800  # a batch, in one view
     saving: Positive = 1800  # copying, and waiting for what was to be written before
 
 

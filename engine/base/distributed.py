@@ -369,7 +369,7 @@ class StopFlag:
         self.told: list[Any] = []  # what ranks had to tell when they last agreed, in the order of ranks
 
     def agreed(self, tell: Any = None) -> bool:
-        """Whether to stop.  What a rank has to `tell` (whatever pickles; None for nothing) all find in `told`: one more
+        """Whether to stop.  What a rank has to `tell` (as JSON; None for nothing) all find in `told`: one more
         message where there is any.  Raises Elsewhere where a rank has said `failed`."""
         state, telling = self._most(self.STOP if self.asked.now else self.GO, tell is not None)
         if state == self.FAILED:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.base.distributed import rank, world
 from engine.base.errors import ConfigError
+from engine.base.sections import HERE
 from engine.data.batch import Batch, Request
 from engine.data.forms import read_label
 from engine.data.index import Chip
@@ -77,6 +78,7 @@ def predict_views(forward: Forward, batch: Batch, tta: Sequence[str], precision:
         images = torch.cat([view.of(batch.images) for view in views]) if views != [VIEWS["id"]] else batch.images
         with autocast(images.device, precision):
             out = forward(images, batch.dropped.repeat(len(views), 1))
+        HERE.moved()
         for view, maps in zip(views, out.float().chunk(len(views))):
             yield view.undone(maps)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.base.errors import ConfigError
+from engine.base.sections import HERE
 from engine.config import Validate
 from engine.data.batch import Batch
 from engine.inference.chips import ALL, VIEWS, chosen_views, predict_batch, predict_views
@@ -43,7 +44,8 @@ def test_views_do_what_they_are_called() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 8])
 def test_predictions_of_views_come_upright_and_in_order(at_once: int) -> None:
-    given, sizes = batch(), []
+    """And each pass is a sign of life."""
+    given, sizes, alive = batch(), [], HERE.alive
 
     def forward(images: Tensor, dropped: Tensor) -> Tensor:
         sizes.append(len(images))
@@ -54,6 +56,7 @@ def test_predictions_of_views_come_upright_and_in_order(at_once: int) -> None:
         turned = slanted(torch.from_numpy(turn(given.images.numpy(), OF_NUMPY[name])), given.dropped)
         undo = {"r90": "r270", "r270": "r90"}.get(name, name)
         np.testing.assert_array_equal(prediction, turn(turned.numpy(), OF_NUMPY[undo]), name)
+    assert HERE.alive - alive == len(sizes)
     assert sizes == {1: [2] * 8, 3: [6, 6, 4], 4: [8, 8], 8: [16]}[at_once]
 
 
