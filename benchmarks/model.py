@@ -88,17 +88,18 @@ def run(args: argparse.Namespace) -> int:
         ceilings(device, DTYPES[precision], small=args.smoke))
     recorder.note("arithmetic forward", **{"GFLOP a month, encoder": flop.encoder / 1e9, "attention":
                                            flop.attention / 1e9, "GFLOP a chip, decoder": flop.decoder / 1e9})
-    args.backend = "eager" if args.smoke else "inductor"  # which spends minutes in a C++ compiler
+    if args.smoke:  # it spends minutes in a C++ compiler
+        torch.compiler.set_stance("force_eager")
     needed = {"training": args.rungs or RUNGS, "inference": INFERENCE, "stages": ENDS,
               "months": (*ENDS, "channels_last")}
-    models = {rung: build(rung, setup, args.backend) for rung in RUNGS
+    models = {rung: build(rung, setup) for rung in RUNGS
               if any(rung in needed[part] for part in args.parts)}
     for part in args.parts:
         PARTS_RUN[part](recorder, models, setup, flop, args)
     return recorder.close()
 
 
-def build(rung: str, setup: Setup, backend: str) -> BiomassUNet:
+def build(rung: str, setup: Setup) -> BiomassUNet:
     """The model with the levers of `rung` and of all before it.  Weights are the same for all."""
     def has(lever: str) -> bool:
         return RUNGS.index(lever) <= RUNGS.index(rung)
@@ -117,7 +118,7 @@ def build(rung: str, setup: Setup, backend: str) -> BiomassUNet:
     model.to(setup.device)
     model.keep_less = has("activations again")
     if has("compiled regions"):
-        compile_regions(model, backend=backend)
+        compile_regions(model)
     if has("recomputed blocks"):
         checkpoint_regions(model)
     return model
@@ -174,7 +175,7 @@ def inference(recorder: Recorder, models: Models, setup: Setup, flop: Flop, args
     precision = cast(Any, setup.precision)
     of["BatchNorm folded"] = optimize_for_inference(models["lean decoder"], precision)
     folded = optimize_for_inference(models["lean decoder"], precision)
-    compile_regions(folded, backend=args.backend)
+    compile_regions(folded)
     of["folded and compiled"] = folded
     if setup.device.type == "cuda":
         of["folded, compiled, CUDA graphs"] = Graphed(folded)

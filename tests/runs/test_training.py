@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.inference.predictor import choose_chips
-from tests.conftest import ROOT, Command, command_line, environment
+from tests.conftest import ROOT, Command, command_line, environment, once
 from tests.hosts import forked, started, torchrun
 
 pytestmark = pytest.mark.slow
@@ -55,11 +55,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, sample: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
     """An uninterrupted run of one rank: 3 steps on the fold, 4 on all chips."""
-    line = command_line("train", "--config", recipe(folder, sample, "whole"), "--profile", "steps=1:3")
-    succeed(subprocess.run(line, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300))
-    return folder / "whole"
+
+    def train(folder: Path) -> None:
+        line = command_line("train", "--config", recipe(folder, sample, "whole"), "--profile", "steps=1:3")
+        succeed(subprocess.run(line, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=300))
+
+    return once(tmp_path_factory, "trained", train) / "whole"
 
 
 def test_what_a_run_leaves(whole: Path, sample: Path) -> None:
@@ -168,7 +171,7 @@ def test_every_stage_and_precision_trains_resumes_and_exports(folder: Path, samp
 
 
 def test_a_run_of_another_recipe_is_not_overwritten(whole: Path, folder: Path, command: Command) -> None:
-    result = command("train", "--config", folder / "whole.yaml", "--set", "optimizer.lr=0.5")
+    result = command("train", "--config", whole.parent / "whole.yaml", "--set", "optimizer.lr=0.5")
     assert result.returncode == 2
     assert "holds a run of another recipe (optimizer.lr changed)" in result.stderr and "--restart" in result.stderr
 

@@ -25,7 +25,7 @@ from engine.training.engine import make_engine
 from engine.training.state import full_state, optimizer_state
 from engine.training.update.batchnorm import average_statistics
 from engine.training.update.ema import Ema
-from tests.conftest import free_port
+from tests.conftest import free_port, once
 from tests.hosts import forks
 
 WAYS = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
@@ -154,7 +154,10 @@ def work(process: int, ranks: int, port: str, folder: Path, first: bool) -> None
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of each way `R-S`: checkpoints after two steps and after four.  Of each pair `R-S-then-R-S` one of what was
     loaded from the former, and one after two steps more."""
-    path = tmp_path_factory.mktemp("elastic")
+    return once(tmp_path_factory, "elastic", train_all)
+
+
+def train_all(path: Path) -> None:
     for first in (True, False):
         for ranks in (1, 2):
             port = str(free_port())
@@ -164,7 +167,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for process in processes:
                 process.join(200)
             assert [process.exitcode for process in processes] == [0] * ranks
-    return path
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
