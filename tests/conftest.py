@@ -31,8 +31,9 @@ TINY = ["--set", "model.backbone=tf_mobilenetv3_small_minimal_100", "--set", "mo
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may not be there
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: a worker a core that this process may use, at most 8: one took 3 GB, beside the runs it starts."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    """For `-n auto`: a worker a core that this process may use, and one for the tenth of their time in which they wait
+    for what they have started; at most 8: one took 3 GB, beside the runs it starts."""
+    return min(len(os.sched_getaffinity(0)) + 1, 8)
 
 
 SCENES = importlib.util.find_spec("rasterio") is not None
