@@ -30,6 +30,7 @@ from engine.base.sections import HERE, Sections
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds in which a rank that was told is to leave by itself
 PATIENCE = 5.0  # seconds that a message to the store may take; a frozen or unplugged host takes it without an answer
+END = 30.0  # seconds without a beat that a rank has at the end, where the others have nothing left to do but to wait
 ABRUPT = 2  # exit status of a rank that did not
 
 
@@ -184,6 +185,7 @@ class Watch(threading.Thread):
 
     def all_here(self) -> None:
         """Wait for all ranks, however long one still works alone: that it lives is enough."""
+        self._timeout = min(self._timeout, END)
         with self._lock:
             self._store.add("here", 1)
         while self.reason is None:

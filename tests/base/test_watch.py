@@ -177,6 +177,18 @@ def test_ranks_that_are_done_wait_for_one_that_works_on_alone() -> None:
     del server
 
 
+def test_at_the_end_one_that_died_is_not_waited_for_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "END", 2.0)
+    port = free_port()
+    server = store(port, serve=True)
+    with three(port, timeout=600) as (watches, _):
+        soon(lambda: all(found for found, _ in watches[0]._heard.values()))
+        watches[2].stop()  # and so beats no more
+        watches[0].all_here()
+        assert str(watches[0].reason).startswith(f"{NAMES[2]}, which has not been heard of for ")
+    del server
+
+
 # Who hangs, and in what -------------------------------------------------------------------------------------------
 
 LIMITS = {"reading": 1.0, "step": 1.0, "starting": 60.0}
